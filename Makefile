@@ -1,0 +1,54 @@
+# make demo            set up .venv and train a small LLaMA on this machine's Python library
+# make demo VENV=none  the same with the python at hand, installing nothing
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= .ci/constraints.txt
+
+ifeq ($(VENV),none)
+RUN := $(PYTHON)
+INSTALLED :=
+TESTABLE :=
+DEVELOPABLE :=
+else
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+TESTABLE := $(VENV)/.installed-test
+DEVELOPABLE := $(VENV)/.installed-dev
+endif
+
+.PHONY: demo test test-all lint bench clean
+
+demo: $(INSTALLED)
+	$(RUN) -m launch.demo
+
+test: $(TESTABLE)
+	$(RUN) -m pytest -m "not slow and not benchmark" tests
+
+test-all: $(TESTABLE)
+	$(RUN) -m pytest -m "not benchmark" tests
+
+lint: $(DEVELOPABLE)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+bench: $(INSTALLED)
+	$(RUN) -m tests.benchmarks.bench_loader
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs/demo runs/demo-data
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/python setup.cfg pyproject.toml $(CONSTRAINTS)
+	$(RUN) -m pip install --quiet --constraint $(CONSTRAINTS) --editable .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(RUN) -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[test]"
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(RUN) -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[dev]"
+	touch $@

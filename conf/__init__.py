@@ -1,0 +1,1 @@
+"""The configuration tree, as package data of llamatrain.conf."""

@@ -1,0 +1,142 @@
+"""From the command line to a dataclass: the only file that knows Hydra. No torch is imported here.
+
+Hydra composes the YAML of conf/ with the overrides; `llamatrain.config.build` then refuses what the schema does
+not know. So that this one checker gives every message, overrides reach Hydra as forced ones (`++key=value`): no
+user needs to know when Hydra wants a plus sign.
+"""
+
+import difflib
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeVar
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from llamatrain.config.build import build
+from llamatrain.errors import ConfigError, LlamatrainError
+
+T = TypeVar("T")
+
+# Hydra is to compose and nothing else: no output folders, no change of directory, no logging of its own.
+QUIET = [
+    "hydra.run.dir=.",
+    "hydra.output_subdir=null",
+    "hydra.sweep.dir=runs/multirun",
+    "hydra/job_logging=disabled",
+    "hydra/hydra_logging=disabled",
+    "hydra/help=llamatrain",
+]
+
+
+def config_directory() -> Path:
+    """Where the YAML tree lies: inside the installed package, or beside it in a source tree."""
+    package = Path(str(files("llamatrain")))
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
+
+
+def run_command(
+    schema: type[T], config_name: str, function: Callable[[T], None], *, help_text: str | None = None
+) -> None:
+    """Compose conf/<config_name>.yaml with the command line into `schema`, call `function`, exit with its status.
+
+    A LlamatrainError is printed as one line (with the traceback if LLAMATRAIN_TRACEBACK=1) and sets the exit
+    code; any other exception is a defect and shows its traceback. Under --multirun each job gets a run directory
+    of its own, named by its overrides.
+    """
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us instead of being printed by Hydra
+    store = ConfigStore.instance()
+    store.store(name="defaults", node=OmegaConf.create(asdict(schema())))  # type: ignore[call-overload]
+    store.store(group="hydra/help", name="llamatrain", node=_help(config_name, help_text or function.__doc__ or ""))
+    sys.argv[1:] = command_line(sys.argv[1:])
+
+    def job(composed: DictConfig) -> None:
+        try:
+            function(build(schema, plain_values(composed)))
+        except LlamatrainError as error:
+            _fail(str(error), error.exit_code)
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(config_directory()), config_name=config_name)(job)()
+    except MissingConfigException as error:
+        _fail(_missing_option(error), ConfigError.exit_code)
+    except OverrideParseException as error:
+        override = (error.override or "").lstrip("+")
+        _fail(
+            f"{override}: cannot be understood; write key=value, and quote a value with special characters: "
+            "'key=\"value\"'",
+            ConfigError.exit_code,
+        )
+    except (HydraException, OmegaConfBaseException) as error:
+        reason = str(error.__cause__ or error).split("\n")[0]
+        _fail(f"{str(error).splitlines()[0]} ({reason})", ConfigError.exit_code)
+
+
+def command_line(arguments: list[str]) -> list[str]:
+    """Flags first, then Hydra's own settings, then overrides as forced ones; choices of a group stay as they are."""
+    if any(argument in ("-sc", "--shell-completion") for argument in arguments):
+        return arguments
+    groups = {path.name for path in config_directory().iterdir() if path.is_dir()}
+    flags: list[str] = []
+    overrides: list[str] = []
+    for argument in arguments:
+        key = argument.partition("=")[0]
+        plain_override = re.fullmatch(r"[A-Za-z_][\w.\-]*", key) and "=" in argument
+        if plain_override and key not in groups and key.partition(".")[0] != "hydra":
+            argument = f"++{argument}"
+        is_flag = argument.startswith("-") or ("=" not in argument and not argument.startswith("~"))
+        (flags if is_flag else overrides).append(argument)
+    if flags and flags[-1] in ("--info", "-i"):
+        flags.append("all")
+    return [*flags, *QUIET, *overrides]
+
+
+def plain_values(composed: DictConfig) -> dict[str, Any]:
+    """Resolved plain values of a composed configuration; sweeps get a run directory each."""
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode == RunMode.MULTIRUN and "run_dir" in composed:
+        label = re.sub(r"[^\w.=,+-]+", "_", ",".join(o.lstrip("+") for o in hydra_config.overrides.task))
+        composed.run_dir = f"{composed.run_dir}/{label}"
+    values = OmegaConf.to_container(composed, resolve=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def _help(config_name: str, text: str) -> dict[str, str]:
+    command = "train" if config_name == "config" else config_name
+    return {
+        "app_name": f"llamatrain {command}",
+        "header": "",
+        "footer": "",
+        "template": text.strip().replace("$", "$$").replace("$$CONFIG", "$CONFIG") + "\n",
+    }
+
+
+def _missing_option(error: MissingConfigException) -> str:
+    wanted = (error.missing_cfg_file or "").replace("\\", "/")
+    group, _, option = wanted.rpartition("/")
+    options = error.options or []
+    if not group or not options:
+        return str(error).splitlines()[0]
+    nearest = difflib.get_close_matches(option, options, n=1)
+    hint = f"did you mean {group}={nearest[0]}? " if nearest else ""
+    return f"{group}={option}: there is no such choice; {hint}conf/{group} has {', '.join(options)}"
+
+
+def _fail(message: str, exit_code: int) -> None:
+    if os.environ.get("LLAMATRAIN_TRACEBACK") == "1":
+        traceback.print_exc()
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(exit_code)

@@ -1,0 +1,23 @@
+"""The schema of a run: dataclasses with their checks. No torch, no Hydra."""
+
+from llamatrain.config.checkpoint import CheckpointConfig
+from llamatrain.config.data import DataConfig, SourceConfig
+from llamatrain.config.evaluation import EvaluationConfig
+from llamatrain.config.logging import LoggingConfig
+from llamatrain.config.model import ModelConfig
+from llamatrain.config.optim import OptimConfig
+from llamatrain.config.run import RunConfig, validate
+from llamatrain.config.train import TrainConfig
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "EvaluationConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RunConfig",
+    "SourceConfig",
+    "TrainConfig",
+    "validate",
+]

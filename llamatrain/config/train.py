@@ -1,0 +1,35 @@
+"""How long and in what portions the run trains."""
+
+from dataclasses import dataclass
+
+from llamatrain.errors import ConfigError
+
+PRECISIONS = ("auto", "bf16", "fp32")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass
+class TrainConfig:
+    steps: int | None = None  # optimizer steps of the whole run; or give train.tokens
+    tokens: int | None = None  # tokens of the whole run, rounded up to whole steps
+    global_batch_tokens: int = 4_194_304  # tokens per optimizer step over all devices (paper: 4M)
+    micro_batch: int = 1  # sequences per device per forward
+    seed: int = 0  # keys the initial weights
+    precision: str = "auto"  # compute in bf16 | fp32 (weights are fp32); auto: bf16 on CUDA, fp32 on CPU
+    device: str = "auto"  # auto | cpu | cuda
+    deterministic: bool = False  # bitwise repeatable on CUDA too, slower; on CPU it always is
+    stop_after_step: int | None = None  # save and leave after this step; the schedule does not change
+
+
+def check_train(train: TrainConfig) -> None:
+    """Raises ConfigError."""
+    if (train.steps is None) == (train.tokens is None):
+        raise ConfigError("give the run's length as one of train.steps=N and train.tokens=N")
+    for name in ("steps", "tokens", "global_batch_tokens", "micro_batch", "stop_after_step"):
+        value = getattr(train, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"train.{name}={value}: must be at least 1")
+    if train.precision not in PRECISIONS:
+        raise ConfigError(f"train.precision={train.precision}: choose one of {', '.join(PRECISIONS)}")
+    if train.device not in DEVICES:
+        raise ConfigError(f"train.device={train.device}: choose one of {', '.join(DEVICES)}")

@@ -1,0 +1,147 @@
+"""The folder of a run: who works in it, what happened to it, how it stands. No torch.
+
+config.yaml     the resolved configuration of the run's first start
+journal.jsonl   one line per event: start, resume, checkpoint, stop, done (append only)
+status.json     how the run stands now; launch scripts decide from it
+metrics.jsonl   one line per logged step
+checkpoints/    step-00001234/ …
+lock            held by the process that works here
+"""
+
+import fcntl
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+from llamatrain.errors import ConfigError
+from llamatrain.files import fsync_path, write_bytes_atomically, write_json_atomically
+
+STATUS_VERSION = 1
+RUNNING, DONE, PREEMPTED, UNHEALTHY, BAD_INPUT = "running", "done", "preempted", "unhealthy", "bad_input"
+HEARTBEAT_S = 10.0
+
+
+def attempt_id() -> str:
+    """What tells one launch from the next: (SLURM job, restart count), or an id made for this process."""
+    if job := os.environ.get("SLURM_JOB_ID"):
+        return f"slurm-{job}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    return f"launch-{uuid.uuid4().hex[:12]}"
+
+
+class RunDirectory:
+    """Opens (and makes) the folder and locks it. Raises ConfigError if another process works there."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / "lock", "a")  # noqa: SIM115 - held until close
+        except OSError as error:
+            raise ConfigError(f"run_dir={path}: cannot be written ({error.strerror})") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(
+                f"run_dir={path}: another process trains there; stop it, or choose another name= or run_dir="
+            ) from None
+        self.attempt = attempt_id()
+        self._last_heartbeat = 0.0
+        self._step = 0
+        self._journal = self._open_journal()
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    def close(self) -> None:
+        self._journal.close()
+        self._lock.close()
+
+    def _open_journal(self) -> TextIO:
+        path = self.path / "journal.jsonl"
+        cut_lines(path, lambda record: True)
+        return open(path, "a", encoding="utf-8")
+
+    def record(self, event: str, **fields: Any) -> None:
+        """Append one event to the journal; it is on disk when this returns."""
+        line = {"event": event, "time": time.time(), "attempt": self.attempt, **fields}
+        self._journal.write(json.dumps(line) + "\n")
+        self._journal.flush()
+        os.fsync(self._journal.fileno())
+
+    def events(self, event: str) -> list[dict[str, Any]]:
+        """All journal entries of one kind, oldest first."""
+        lines = (self.path / "journal.jsonl").read_text(encoding="utf-8").splitlines()
+        return [entry for entry in map(json.loads, lines) if entry["event"] == event]
+
+    def set_status(self, state: str, *, step: int | None = None, reason: str | None = None) -> None:
+        """Write status.json, atomically."""
+        self._step = self._step if step is None else step
+        self._last_heartbeat = time.monotonic()
+        status = {
+            "version": STATUS_VERSION,
+            "state": state,
+            "step": self._step,
+            "reason": reason,
+            "attempt": self.attempt,
+            "heartbeat": time.time(),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+        }
+        write_json_atomically(self.path / "status.json", status)
+
+    def heartbeat(self, step: int) -> None:
+        """Say that the run is alive; writes at most every HEARTBEAT_S seconds."""
+        if time.monotonic() - self._last_heartbeat >= HEARTBEAT_S:
+            self.set_status(RUNNING, step=step)
+
+    def write_once(self, path: Path, content: str) -> None:
+        """Write a file of the run unless it is there."""
+        if not path.exists():
+            write_bytes_atomically(path, content.encode())
+
+
+def read_status(path: str | Path) -> dict[str, Any] | None:
+    """The status of the run in a folder, or None if nothing ever ran there."""
+    try:
+        status: dict[str, Any] = json.loads((Path(path) / "status.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return status
+
+
+def cut_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Keep the leading lines of a JSON-lines file for which `keep` holds; a torn last line is dropped too.
+
+    The file is cut, not rewritten: a crash leaves the old length or the new one.
+    """
+    if not path.exists():
+        return
+    length = 0
+    with open(path, "rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            try:
+                kept = keep(json.loads(line))
+            except ValueError:
+                break
+            if not kept:
+                break
+            length += len(line)
+    if length != path.stat().st_size:
+        os.truncate(path, length)
+        fsync_path(path)

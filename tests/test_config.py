@@ -1,0 +1,125 @@
+"""The schema: what is refused, by which name, with which way out; what a resumed run may change."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llamatrain.config import DataConfig, RunConfig, SourceConfig, TrainConfig, validate
+from llamatrain.config.build import build, known_keys
+from llamatrain.config.resume import differences, keep_auto_choices
+from llamatrain.errors import ConfigError
+
+
+def valid(**groups: dict[str, Any]) -> RunConfig:
+    config = RunConfig(
+        data=DataConfig(sources={"text": SourceConfig("somewhere")}),
+        train=TrainConfig(steps=100_000),
+    )
+    return replace(config, **{name: replace(getattr(config, name), **values) for name, values in groups.items()})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"optim": {"lrr": 1}}, r"optim\.lrr: there is no such setting; did you mean optim\.lr\?"),
+        ({"optm": {}}, r"optm: there is no such setting; did you mean optim\?"),
+        ({"lr": 1}, r"lr: .* did you mean optim\.lr\?"),
+        ({"optim": {"lr": "fast"}}, r"optim\.lr='fast': must be a number"),
+        ({"optim": {"lr": True}}, r"optim\.lr=True: must be a number"),
+        ({"train": {"steps": 1.5}}, r"train\.steps=1\.5: must be a whole number"),
+        ({"train": {"deterministic": 1}}, r"train\.deterministic=1: must be true or false"),
+        ({"train": 3}, r"train=3: this is a group of settings"),
+        ({"data": {"sources": {"a": {"pth": 1}}}}, r"data\.sources\.a\.pth: .* did you mean data\.sources\.NAME\.path"),
+        ({"data": {"sources": {"a": "dir"}}}, r"data\.sources\.a='dir': settings stand one level deeper"),
+        ({"data": {"sources": 1}}, r"data\.sources=1: must be a mapping"),
+        ({"name": None}, r"name=None: must be text"),
+    ],
+)
+def test_what_the_schema_does_not_know_is_refused_by_name(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(RunConfig, values)
+
+
+def test_plain_values_become_the_dataclasses_and_back() -> None:
+    config = valid(optim={"lr": 2.0}, model={"n_kv_heads": 8})
+    assert build(RunConfig, config.as_dict()) == config
+    assert build(RunConfig, {"train": {"tokens": 1e12}}).train.tokens == 10**12
+    assert build(RunConfig, {"optim": {"lr": 1}}).optim.lr == 1.0
+    assert "data.sources.NAME.weight" in known_keys(RunConfig)
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ({"model": {"dim": 100}}, r"model\.dim=100 .*model\.dim=96"),
+        ({"model": {"n_kv_heads": 5}}, r"model\.n_kv_heads=5 must divide .*\[1, 2, 4, 8, 16, 32\]"),
+        ({"model": {"dim": 96}}, "even width"),
+        ({"model": {"attention": "flash"}}, r"model\.attention=flash: choose one of auto, xformers"),
+        ({"model": {"n_layers": 0}}, r"model\.n_layers=0"),
+        ({"data": {"sources": {}}}, r"data\.sources is empty"),
+        ({"data": {"sources": {"a": SourceConfig("x", 0)}}}, r"every data\.sources\.\*\.weight is 0"),
+        ({"data": {"sources": {"a": SourceConfig("x", -1)}}}, r"data\.sources\.a\.weight=-1"),
+        ({"data": {"sources": {"a": SourceConfig()}}}, r"data\.sources\.a\.path is not set"),
+        ({"data": {"seq_len": 4096}}, r"model\.max_seq_len=2048.*model\.max_seq_len=4096"),
+        ({"train": {"steps": None}}, r"one of train\.steps=N and train\.tokens=N"),
+        ({"train": {"tokens": 5}}, r"one of train\.steps=N and train\.tokens=N"),
+        ({"train": {"global_batch_tokens": 5000}}, r"nearest that does is train\.global_batch_tokens=4096"),
+        ({"train": {"micro_batch": 3}}, r"nearest that does is train\.global_batch_tokens=4196352"),
+        ({"train": {"precision": "fp8"}}, r"train\.precision=fp8: choose one of auto, bf16, fp32"),
+        ({"train": {"steps": 10}}, r"optim\.warmup_steps=2000 is longer than the schedule of 10 steps"),
+        ({"optim": {"lr": 0.0}}, r"optim\.lr=0\.0"),
+        ({"optim": {"decay": "some"}}, r"optim\.decay=some: choose one of matrices, all"),
+        ({"checkpoint": {"keep_every_steps": 1500}}, r"must be a multiple of checkpoint\.every_steps=1000"),
+        ({"logging": {"wandb": "yes"}}, r"logging\.wandb=yes: choose one of off, offline, online"),
+        ({"evaluation": {"max_tokens": 1}}, r"evaluation\.max_tokens=1"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_way_out(groups: dict[str, dict[str, Any]], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        validate(valid(**groups))
+
+
+def test_the_batch_must_divide_over_the_devices() -> None:
+    validate(valid(), world_size=2048)
+    with pytest.raises(ConfigError, match=r"x 3 devices = 6144 tokens; .*=4196352"):
+        validate(valid(), world_size=3)
+
+
+def test_length_in_tokens_is_rounded_up_to_steps() -> None:
+    config = valid(train={"steps": None, "tokens": 4_194_304 * 3 + 1})
+    assert config.total_steps == 4
+    assert config.global_batch == 2048
+
+
+def test_auto_choices_are_kept_and_named_overrides_win() -> None:
+    start = valid(train={"precision": "bf16", "device": "cuda"}, model={"attention": "xformers"})
+    again = keep_auto_choices(valid(train={"precision": "fp32"}), start)
+    assert (again.train.precision, again.train.device, again.model.attention) == ("fp32", "cuda", "xformers")
+
+
+def test_a_resumed_run_may_change_what_is_not_structural(tmp_path: Path) -> None:
+    start = valid()
+    later = valid(optim={"lr": 1e-4}, train={"steps": 200_000}, data={"sources": {"text": SourceConfig("moved")}})
+    assert differences(later, start) == {
+        "data.sources.text.path": ("somewhere", "moved"),
+        "optim.lr": (3e-4, 1e-4),
+        "train.steps": (100_000, 200_000),
+    }
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        {"model": {"n_layers": 2}},
+        {"data": {"seq_len": 1024}},
+        {"data": {"sources": {"text": SourceConfig("somewhere", 2.0)}}},
+        {"data": {"sources": {"other": SourceConfig("somewhere")}}},
+        {"train": {"global_batch_tokens": 2048}},
+        {"train": {"seed": 1}},
+    ],
+)
+def test_a_resumed_run_may_not_change_what_is_structural(groups: dict[str, dict[str, Any]]) -> None:
+    with pytest.raises(ConfigError, match="holds a run with other settings"):
+        differences(valid(**groups), valid())

@@ -1,0 +1,82 @@
+"""The run directory: journal, status, lock, cutting records."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llamatrain.errors import ConfigError
+from llamatrain.run_directory import PREEMPTED, RUNNING, RunDirectory, attempt_id, cut_lines, read_status
+
+
+def test_the_journal_survives_a_torn_last_line(tmp_path: Path) -> None:
+    first = RunDirectory(tmp_path)
+    first.record("start", step=0)
+    first.record("checkpoint", step=5)
+    first.close()
+    with open(tmp_path / "journal.jsonl", "a") as file:
+        file.write('{"event": "checkp')
+    second = RunDirectory(tmp_path)
+    second.record("checkpoint", step=10)
+    assert [entry["step"] for entry in second.events("checkpoint")] == [5, 10]
+    second.close()
+
+
+def test_a_second_process_is_refused_until_the_first_leaves(tmp_path: Path) -> None:
+    first = RunDirectory(tmp_path)
+    with pytest.raises(ConfigError, match="another process trains there"):
+        RunDirectory(tmp_path)
+    first.close()
+    RunDirectory(tmp_path).close()
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"run_dir=.*file/run: cannot be written"):
+        RunDirectory(tmp_path / "file" / "run")
+
+
+def test_status_says_state_step_reason_and_attempt(tmp_path: Path) -> None:
+    assert read_status(tmp_path) is None
+    directory = RunDirectory(tmp_path)
+    directory.set_status(RUNNING, step=3)
+    directory.set_status(PREEMPTED, reason="SIGTERM")
+    found = read_status(tmp_path)
+    assert found is not None
+    assert (found["state"], found["step"], found["reason"]) == ("preempted", 3, "SIGTERM")
+    assert found["attempt"] == directory.attempt
+    assert not list(tmp_path.glob(".*tmp"))
+    directory.close()
+
+
+def test_heartbeats_are_written_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = RunDirectory(tmp_path)
+    directory.set_status(RUNNING, step=1)
+    directory.heartbeat(2)
+    assert (read_status(tmp_path) or {})["step"] == 1
+    monkeypatch.setattr("llamatrain.run_directory.HEARTBEAT_S", 0.0)
+    directory.heartbeat(3)
+    assert (read_status(tmp_path) or {})["step"] == 3
+    directory.close()
+
+
+def test_an_attempt_is_the_slurm_job_and_its_restarts(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert attempt_id() != attempt_id()
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    assert attempt_id() == "slurm-77-2" == attempt_id()
+
+
+@given(
+    steps=st.lists(st.integers(0, 9), max_size=12).map(sorted), limit=st.integers(-1, 10), torn=st.binary(max_size=9)
+)
+def test_cutting_keeps_whole_leading_lines(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[int], limit: int, torn: bytes
+) -> None:
+    path = tmp_path_factory.mktemp("cut") / "metrics.jsonl"
+    whole = b"".join(json.dumps({"step": step}).encode() + b"\n" for step in steps)
+    path.write_bytes(whole + torn.replace(b"\n", b""))
+    cut_lines(path, lambda record: record["step"] <= limit)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [s for s in steps if s <= limit]
