@@ -1,0 +1,283 @@
+"""Documents out of text and JSON-lines files, plain, .gz or .zst, in a fixed order and with bounded memory.
+
+Nothing is skipped silently: a damaged file stops the reading with its name (and line), and a document that
+has no UTF-8 (JSON can spell lone surrogates) is handed on marked as not valid, for the consumer to count.
+"""
+
+import codecs
+import glob
+import gzip
+import itertools
+import json
+import sys
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import zstandard
+from tqdm import tqdm
+
+from llamatrain.errors import ConfigError, DataError
+from llamatrain.files import sha256_of_json
+
+FORMATS = ("auto", "text", "jsonl")
+JSONL_SUFFIXES = (".jsonl", ".ndjson")
+CHUNK_BYTES = 1 << 17  # of the file; a chunk of zstd may grow a hundredfold
+
+
+@dataclass(frozen=True)
+class Document:
+    text: str
+    id: str  # the JSON field, or FILE:LINE, or the text file's name (FILE#N where a separator splits it)
+    group: str | None  # what must stay together when documents are held out
+    valid: bool  # False: the text, id or group holds lone surrogates, so it has no UTF-8
+
+
+@dataclass(frozen=True)
+class InputFile:
+    path: Path
+    name: str  # the path below what was named as input: the same on every machine
+    size: int
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    format: str = "auto"  # auto (by suffix) | text | jsonl
+    text_field: str = "text"
+    id_field: str = "id"
+    group_field: str = "group"
+    document_separator: str | None = None  # splits text files into documents; None: a file is a document
+
+
+def check_read_options(options: ReadOptions) -> None:
+    """Raises ConfigError."""
+    if options.format not in FORMATS:
+        raise ConfigError(f"format={options.format}: choose one of {', '.join(FORMATS)}")
+    if options.document_separator == "":
+        raise ConfigError("document_separator is empty: give a text, or null for one document per file")
+    for name in ("text_field", "id_field", "group_field"):
+        if not getattr(options, name):
+            raise ConfigError(f"{name} is empty: give the name of a JSON field")
+
+
+def input_list(value: Any) -> list[str]:
+    """The setting `input`, one text or several, as a list of paths or patterns. Raises ConfigError."""
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, list) or not values or not all(isinstance(v, str) and v for v in values):
+        raise ConfigError("input: give a path or a list of paths: input=PATH or 'input=[PATH,PATH]'")
+    if "???" in values:
+        raise ConfigError("input is not set: input=PATH (a file, a directory or a glob pattern)")
+    return list(values)
+
+
+def find_inputs(inputs: list[str]) -> list[InputFile]:
+    """The files the inputs name: in the order of the inputs, within each by name; hidden ones are left out.
+
+    Raises DataError when an input names no file, or a file is named twice.
+    """
+    files: list[InputFile] = []
+    seen: set[Path] = set()
+    for text in inputs:
+        found = _find(text)
+        if not found:
+            raise DataError(f"input={text}: no file there; correct the path or the pattern")
+        for file in found:
+            if file.path.resolve() in seen:
+                raise DataError(f"{file.path}: named twice by input={','.join(inputs)}; name every file once")
+            seen.add(file.path.resolve())
+        files += found
+    return files
+
+
+def _find(text: str) -> list[InputFile]:
+    path = Path(text)
+    if path.is_file():
+        root, paths = path.parent, [path]
+    elif path.is_dir():
+        root, paths = path, list(path.rglob("*"))
+    else:
+        fixed = itertools.takewhile(lambda part: not glob.has_magic(part), path.parent.parts)
+        root, paths = Path(*fixed), [Path(match) for match in glob.glob(text, recursive=True)]
+    named = [(file.relative_to(root).as_posix(), file) for file in paths if file.is_file()]
+    shown = [(name, file) for name, file in named if not any(part.startswith(".") for part in name.split("/"))]
+    return [InputFile(path=file, name=name, size=file.stat().st_size) for name, file in sorted(shown)]
+
+
+def inputs_identity(files: list[InputFile]) -> dict[str, Any]:
+    """What tells one set of inputs from another without reading it: names and sizes, in order."""
+    return {
+        "input_files": len(files),
+        "input_bytes": sum(file.size for file in files),
+        "input_sha256": sha256_of_json([[file.name, file.size] for file in files]),
+    }
+
+
+class Corpus:
+    """The documents of the files, in order; `bytes_read` follows along in the (compressed) files."""
+
+    def __init__(self, files: list[InputFile], options: ReadOptions) -> None:
+        self.files = files
+        self.options = options
+        self.bytes_total = sum(file.size for file in files)
+        self._bytes_done = 0
+        self._open_file: IO[bytes] | None = None
+
+    @property
+    def bytes_read(self) -> int:
+        return self._bytes_done + (self._open_file.tell() if self._open_file else 0)
+
+    def documents(self) -> Iterator[Document]:
+        """Raises DataError naming the file, and the line where there is one."""
+        self._bytes_done = 0
+        for file in self.files:
+            try:
+                with open(file.path, "rb") as self._open_file:
+                    yield from self._documents_of(file, self._open_file)
+            except OSError as error:
+                raise DataError(f"{file.path}: cannot be read ({error.strerror})") from None
+            finally:
+                self._open_file = None
+            self._bytes_done += file.size
+
+    def _documents_of(self, file: InputFile, stream: IO[bytes]) -> Iterator[Document]:
+        chunks = _decompressed(file, stream)
+        is_jsonl = file.path.name.removesuffix(".gz").removesuffix(".zst").endswith(JSONL_SUFFIXES)
+        if self.options.format == "jsonl" or (self.options.format == "auto" and is_jsonl):
+            return _jsonl_documents(file, chunks, self.options)
+        return _text_documents(file, chunks, self.options.document_separator)
+
+
+def _decompressed(file: InputFile, stream: IO[bytes]) -> Iterator[bytes]:
+    try:
+        if file.path.suffix == ".gz":
+            yield from _gzip_chunks(stream)
+        elif file.path.suffix == ".zst":
+            yield from _zstd_chunks(stream)
+        else:
+            while chunk := stream.read(CHUNK_BYTES):
+                yield chunk
+    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+        raise DataError(f"{file.path}: truncated or damaged ({error}); copy it again") from None
+
+
+def _gzip_chunks(stream: IO[bytes]) -> Iterator[bytes]:
+    if not stream.read(1):
+        raise EOFError("the file is empty")
+    stream.seek(0)
+    with gzip.open(stream) as decompressed:
+        while chunk := decompressed.read(CHUNK_BYTES):
+            yield chunk
+
+
+def _zstd_chunks(stream: IO[bytes]) -> Iterator[bytes]:
+    # Frame by frame: zstandard's stream_reader takes a truncated file for a whole one.
+    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+    frame = decompressor.decompressobj()
+    at_frame_end = False
+    while data := stream.read(CHUNK_BYTES):
+        while data:
+            yield frame.decompress(data)
+            at_frame_end = frame.eof
+            data = frame.unused_data if at_frame_end else b""
+            if at_frame_end:
+                frame = decompressor.decompressobj()
+    if not at_frame_end:
+        raise EOFError("the last frame has no end")
+
+
+def _jsonl_documents(file: InputFile, chunks: Iterator[bytes], options: ReadOptions) -> Iterator[Document]:
+    for number, line in enumerate(_lines(chunks), start=1):
+        if line and not line.isspace():
+            yield _parse(file, number, line, options)
+
+
+def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    pending: list[bytes] = []  # the chunks of a line that is not complete yet
+    for chunk in chunks:
+        first, *others = chunk.split(b"\n")
+        pending.append(first)
+        if others:
+            yield b"".join(pending)
+            yield from others[:-1]
+            pending = [others[-1]]
+    yield b"".join(pending)
+
+
+def _parse(file: InputFile, number: int, line: bytes, options: ReadOptions) -> Document:
+    where = f"{file.path}: line {number}"
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 at byte {error.start} of the line") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: a JSON object is needed, found {type(record).__name__}")
+    text = record.get(options.text_field)
+    if not isinstance(text, str):
+        found = f"is {type(text).__name__}, not text" if options.text_field in record else "is missing"
+        raise DataError(f"{where}: the field {options.text_field!r} {found}; name another with text_field=NAME")
+    identifier = _label(record, options.id_field, where) or f"{file.name}:{number}"
+    return _document(text, identifier, _label(record, options.group_field, where))
+
+
+def _label(record: dict[str, Any], field: str, where: str) -> str | None:
+    value = record.get(field)
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    raise DataError(f"{where}: the field {field!r} must be text or an integer, found {type(value).__name__}")
+
+
+def _document(text: str, identifier: str, group: str | None) -> Document:
+    try:
+        for part in (text, identifier, group or ""):
+            part.encode("utf-8")
+    except UnicodeEncodeError:
+        return Document(text=text, id=identifier, group=group, valid=False)
+    return Document(text=text, id=identifier, group=group, valid=True)
+
+
+def _text_documents(file: InputFile, chunks: Iterator[bytes], separator: str | None) -> Iterator[Document]:
+    decoded = _decoded(file, chunks)
+    if separator is None:
+        yield _document("".join(decoded), file.name, None)
+        return
+    number, pending = 0, ""
+    for text in decoded:
+        # Only the new text, and as much before it as may begin a separator, is searched: linear in the file.
+        searched = max(0, len(pending) - len(separator) + 1)
+        pending += text
+        while (cut := pending.find(separator, searched)) >= 0:
+            yield _document(pending[:cut], f"{file.name}#{number}", None)
+            number += 1
+            pending, searched = pending[cut + len(separator) :], 0
+    if pending:
+        yield _document(pending, f"{file.name}#{number}", None)
+
+
+def _decoded(file: InputFile, chunks: Iterator[bytes]) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        for chunk in chunks:
+            yield decoder.decode(chunk)
+        yield decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file.path}: not UTF-8 ({error.reason}); convert it, or leave it out of input") from None
+
+
+def byte_bar(description: str, total: int) -> tqdm:
+    """A progress bar over bytes on stderr: live on a terminal, a line now and then in a log."""
+    interval = 0.2 if sys.stderr.isatty() else 10.0
+    return tqdm(
+        total=total,
+        desc=description,
+        unit="B",
+        unit_scale=True,
+        mininterval=interval,
+        file=sys.stderr,
+        leave=True,
+    )

@@ -1,0 +1,1 @@
+"""Shards and their order; `shards` and `order` need no torch."""

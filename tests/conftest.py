@@ -1,0 +1,52 @@
+"""A tokenizer and data sets for all tests, made once a session with the project's own tools."""
+
+import json
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data_tools.tokenize_shards import TokenizeShardsSettings, tokenize_shards
+from data_tools.train_tokenizer import TrainTokenizerSettings, train_tokenizer
+
+TINY_VOCAB = 512
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Path of a tokenizer.model of 512 ids, trained on a few files of the standard library."""
+    library = Path(sysconfig.get_path("stdlib"))
+    directory = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(
+        TrainTokenizerSettings(
+            input=[str(library / name) for name in ("argparse.py", "textwrap.py", "statistics.py", "json/*.py")],
+            output=str(directory),
+            vocab_size=TINY_VOCAB,
+        )
+    )
+    return directory / "tokenizer.model"
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tiny_tokenizer: Path) -> Callable[..., Path]:
+    """make(name, texts, directory, validation_fraction=0.0) writes a data set and returns its directory."""
+
+    def make(name: str, documents: list[str], directory: Path, *, validation_fraction: float = 0.0) -> Path:
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        texts = directory / f"{name}.jsonl"
+        texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+        tokenize_shards(
+            TokenizeShardsSettings(
+                source=name,
+                input=str(texts),
+                tokenizer=str(tiny_tokenizer),
+                output=str(directory),
+                validation_fraction=validation_fraction,
+                workers=1,
+            )
+        )
+        return directory
+
+    return make
