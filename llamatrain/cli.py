@@ -1,8 +1,8 @@
 """From the command line to a dataclass: the only file that knows Hydra. No torch is imported here.
 
 Hydra composes the YAML of conf/ with the overrides; `llamatrain.config.build` then refuses what the schema does
-not know. So that this one checker gives every message, overrides reach Hydra as forced ones (`++key=value`): no
-user needs to know when Hydra wants a plus sign.
+not know. So that this one checker gives every message, overrides reach Hydra as forced ones (`++key=value`), and
+a value that Hydra's grammar would choke on is quoted: nobody needs to know when Hydra wants a plus or a quote.
 """
 
 import difflib
@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -39,6 +40,57 @@ QUIET = [
     "hydra/help=llamatrain",
 ]
 
+# Hydra's own script completes `python file.py`, not `python -m module`.
+BASH_COMPLETION = r"""
+_llamatrain_complete() {
+  local pattern='^ *([^ ]*python[0-9.]*) +-m +((llamatrain|data_tools)\.[a-z_]+) +(.*)$'
+  [[ "$COMP_LINE" =~ $pattern ]] || return
+  local interpreter="${BASH_REMATCH[1]}" module="${BASH_REMATCH[2]}" rest="${BASH_REMATCH[4]}"
+  local choices="$(COMP_LINE="llamatrain $rest" "$interpreter" -m "$module" -sc query=bash)"
+  COMPREPLY=($(compgen -W "$choices" -- "${rest##* }"))
+}
+COMP_WORDBREAKS=${COMP_WORDBREAKS//=}
+complete -o nospace -o default -o bashdefault -F _llamatrain_complete python python3
+"""
+
+
+def run_command(
+    schema: type[T], config_name: str, function: Callable[[T], None], *, help_text: str | None = None
+) -> None:
+    """Compose conf/<config_name>.yaml with the command line into `schema`, call `function`, exit with its status.
+
+    The groups to choose from are the folders beside that file. A LlamatrainError is printed as one line (with the
+    traceback if LLAMATRAIN_TRACEBACK=1) and sets the exit code; any other exception is a defect and shows its
+    traceback. Under --multirun each job gets a run directory of its own, named by what the sweep changes.
+    """
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us instead of being printed by Hydra
+    if sys.argv[1:] in (["-sc", "install=bash"], ["--shell-completion", "install=bash"]):
+        print(BASH_COMPLETION)
+        return
+    store = ConfigStore.instance()
+    store.store(name="defaults", node=OmegaConf.create(asdict(schema())))  # type: ignore[call-overload]
+    store.store(group="hydra/help", name="llamatrain", node=_help(config_name, help_text or function.__doc__ or ""))
+    directory = (config_directory() / config_name).parent
+    sys.argv[1:] = command_line(sys.argv[1:], groups={path.name for path in directory.iterdir() if path.is_dir()})
+    swept = {argument.partition("=")[0].lstrip("+") for argument in sys.argv[1:] if is_sweep(argument)}
+
+    def job(composed: DictConfig) -> None:
+        try:
+            function(build(schema, plain_values(composed, swept)))
+        except LlamatrainError as error:
+            _fail(str(error), error.exit_code)
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(directory), config_name=Path(config_name).name)(job)()
+    except MissingConfigException as error:
+        _fail(_missing_option(error), ConfigError.exit_code)
+    except OverrideParseException as error:
+        override = (error.override or "").lstrip("+")
+        _fail(f"{override}: cannot be understood; write it as key=value", ConfigError.exit_code)
+    except (HydraException, OmegaConfBaseException) as error:
+        reason = str(error.__cause__ or error).split("\n")[0]
+        _fail(f"{str(error).splitlines()[0]} ({reason})", ConfigError.exit_code)
+
 
 def config_directory() -> Path:
     """Where the YAML tree lies: inside the installed package, or beside it in a source tree."""
@@ -47,77 +99,62 @@ def config_directory() -> Path:
     return installed if installed.is_dir() else package.parent / "conf"
 
 
-def run_command(
-    schema: type[T], config_name: str, function: Callable[[T], None], *, help_text: str | None = None
-) -> None:
-    """Compose conf/<config_name>.yaml with the command line into `schema`, call `function`, exit with its status.
-
-    A LlamatrainError is printed as one line (with the traceback if LLAMATRAIN_TRACEBACK=1) and sets the exit
-    code; any other exception is a defect and shows its traceback. Under --multirun each job gets a run directory
-    of its own, named by its overrides.
-    """
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us instead of being printed by Hydra
-    store = ConfigStore.instance()
-    store.store(name="defaults", node=OmegaConf.create(asdict(schema())))  # type: ignore[call-overload]
-    store.store(group="hydra/help", name="llamatrain", node=_help(config_name, help_text or function.__doc__ or ""))
-    sys.argv[1:] = command_line(sys.argv[1:])
-
-    def job(composed: DictConfig) -> None:
-        try:
-            function(build(schema, plain_values(composed)))
-        except LlamatrainError as error:
-            _fail(str(error), error.exit_code)
-
-    try:
-        hydra.main(version_base="1.3", config_path=str(config_directory()), config_name=config_name)(job)()
-    except MissingConfigException as error:
-        _fail(_missing_option(error), ConfigError.exit_code)
-    except OverrideParseException as error:
-        override = (error.override or "").lstrip("+")
-        _fail(
-            f"{override}: cannot be understood; write key=value, and quote a value with special characters: "
-            "'key=\"value\"'",
-            ConfigError.exit_code,
-        )
-    except (HydraException, OmegaConfBaseException) as error:
-        reason = str(error.__cause__ or error).split("\n")[0]
-        _fail(f"{str(error).splitlines()[0]} ({reason})", ConfigError.exit_code)
-
-
-def command_line(arguments: list[str]) -> list[str]:
+def command_line(arguments: list[str], *, groups: set[str]) -> list[str]:
     """Flags first, then Hydra's own settings, then overrides as forced ones; choices of a group stay as they are."""
     if any(argument in ("-sc", "--shell-completion") for argument in arguments):
         return arguments
-    groups = {path.name for path in config_directory().iterdir() if path.is_dir()}
+    sweeping = any(argument in ("-m", "--multirun") for argument in arguments)
     flags: list[str] = []
     overrides: list[str] = []
     for argument in arguments:
-        key = argument.partition("=")[0]
-        plain_override = re.fullmatch(r"[A-Za-z_][\w.\-]*", key) and "=" in argument
+        key, equals, value = argument.partition("=")
+        plain_override = re.fullmatch(r"[A-Za-z_][\w.\-]*", key) and equals
+        if plain_override and not (_is_understood(argument) and (sweeping or not is_sweep(argument))):
+            argument = f"{key}={_quoted(value)}"
         if plain_override and key not in groups and key.partition(".")[0] != "hydra":
             argument = f"++{argument}"
-        is_flag = argument.startswith("-") or ("=" not in argument and not argument.startswith("~"))
+        is_flag = argument.startswith("-") or (not equals and not argument.startswith("~"))
         (flags if is_flag else overrides).append(argument)
     if flags and flags[-1] in ("--info", "-i"):
         flags.append("all")
     return [*flags, *QUIET, *overrides]
 
 
-def plain_values(composed: DictConfig) -> dict[str, Any]:
-    """Resolved plain values of a composed configuration; sweeps get a run directory each."""
-    hydra_config = HydraConfig.get()
-    if hydra_config.mode == RunMode.MULTIRUN and "run_dir" in composed:
-        label = re.sub(r"[^\w.=,+-]+", "_", ",".join(o.lstrip("+") for o in hydra_config.overrides.task))
-        composed.run_dir = f"{composed.run_dir}/{label}"
+def is_sweep(argument: str) -> bool:
+    """Whether an argument is an override with several values to try."""
+    if "=" not in argument or argument.startswith("-") or not _is_understood(argument):
+        return False
+    return OverridesParser.create().parse_override(argument).is_sweep_override()
+
+
+def _is_understood(override: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException:
+        return False
+    return True
+
+
+def _quoted(value: str) -> str:
+    """The value as a quoted string of Hydra's grammar, where backslashes count only before a quote."""
+    return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + found[2].replace("'", r"\'"), value) + "'"
+
+
+def plain_values(composed: DictConfig, swept: set[str]) -> dict[str, Any]:
+    """Resolved plain values of a composed configuration; the jobs of a sweep get a run directory each."""
+    settings = HydraConfig.get()
+    if settings.mode == RunMode.MULTIRUN and "run_dir" in composed:
+        overrides = [override.lstrip("+") for override in settings.overrides.task]
+        label = ",".join(override for override in overrides if override.partition("=")[0] in swept)
+        composed.run_dir = f"{composed.run_dir}/{re.sub(r'[^A-Za-z0-9_.=,-]+', '_', label) or 'single'}"
     values = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
 
 
 def _help(config_name: str, text: str) -> dict[str, str]:
-    command = "train" if config_name == "config" else config_name
     return {
-        "app_name": f"llamatrain {command}",
+        "app_name": f"llamatrain {config_name}",
         "header": "",
         "footer": "",
         "template": text.strip().replace("$", "$$").replace("$$CONFIG", "$CONFIG") + "\n",

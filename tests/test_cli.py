@@ -1,0 +1,211 @@
+"""The command line as a user meets it, in processes of its own."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from llamatrain.cli import command_line
+from llamatrain.config import RunConfig, validate
+from llamatrain.config.build import build
+from tests.small_run import saved_steps, status
+
+REPOSITORY = Path(__file__).parent.parent
+EXPERIMENTS = [path.stem for path in (REPOSITORY / "conf" / "experiment").glob("*.yaml")]
+
+
+def command(*arguments: str, cwd: Path, module: str = "llamatrain.train") -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lrr=1", "error: optim.lrr: there is no such setting; did you mean optim.lr?\n"),
+        ("modell=7b", "error: modell: there is no such setting; did you mean model?\n"),
+        ("optim.lr=fast", "error: optim.lr='fast': must be a number\n"),
+        ("optim.lr", "error: optim.lr: cannot be understood; write it as key=value"),
+        ("train.steps=a{b", "error: train.steps='a{b': must be a whole number\n"),
+        ("optim.lr=1e-4,3e-4", "error: optim.lr='1e-4,3e-4': must be a number\n"),
+        ("+optim.foo=1", "error: optim.foo: there is no such setting"),
+        ("experiment=demoo", "did you mean experiment=demo? conf/experiment has demo, paper_13b"),
+        ("model=8b", "error: model=8b: there is no such choice;"),
+        ("train.steps=5", "error: data.sources is empty: name at least one with data.sources.NAME.path=DIRECTORY"),
+    ],
+)
+def test_a_typo_gets_one_line_with_the_way_out(override: str, message: str, tmp_path: Path) -> None:
+    done = command(override, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_is_a_whole_valid_run(experiment: str, tmp_path: Path) -> None:
+    done = command(f"experiment={experiment}", "--cfg", "job", "--resolve", cwd=tmp_path)
+    config = build(RunConfig, yaml.safe_load(done.stdout))
+    validate(config)
+    assert config.name
+    if experiment.startswith("paper"):
+        assert config.global_batch == 2048
+        assert config.data.seq_len == 2048
+        assert {name: source.weight for name, source in config.data.sources.items()} == {
+            "common_crawl": 67.0,
+            "c4": 15.0,
+            "github": 4.5,
+            "wikipedia": 4.5,
+            "books": 4.5,
+            "arxiv": 2.5,
+            "stackexchange": 2.0,
+        }
+
+
+@pytest.mark.parametrize(
+    ("size", "lr", "tokens", "eps"),
+    [
+        ("7b", 3e-4, 1.0e12, 1e-6),
+        ("13b", 3e-4, 1.0e12, 1e-6),
+        ("33b", 1.5e-4, 1.4e12, 1e-6),
+        ("65b", 1.5e-4, 1.4e12, 1e-5),
+    ],
+)
+def test_the_papers_experiments_have_the_papers_numbers(
+    size: str, lr: float, tokens: float, eps: float, tmp_path: Path
+) -> None:
+    done = command(f"experiment=paper_{size}", "--cfg", "job", "--resolve", cwd=tmp_path)
+    config = build(RunConfig, yaml.safe_load(done.stdout))
+    assert (config.optim.lr, config.train.tokens, config.model.norm_eps) == (lr, tokens, eps)
+    assert (config.optim.beta1, config.optim.beta2, config.optim.eps) == (0.9, 0.95, 1e-8)
+    assert (config.optim.weight_decay, config.optim.clip_norm, config.optim.min_lr_ratio) == (0.1, 1.0, 0.1)
+    assert config.optim.warmup_steps == 2000
+    assert config.total_steps == -(-int(tokens) // 4_194_304)
+
+
+def test_the_configuration_is_printed_in_under_a_second_without_torch(tmp_path: Path) -> None:
+    times = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        done = command("experiment=demo", "optim.lr=5e-4", "--cfg", "job", cwd=tmp_path)
+        times.append(time.perf_counter() - begin)
+    assert yaml.safe_load(done.stdout)["optim"]["lr"] == 5e-4
+    assert min(times) < 1.0
+    code = "import sys, llamatrain.train, data_tools.tokenize_shards; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
+
+
+def test_help_fits_two_screens_and_names_what_a_newcomer_needs(tmp_path: Path) -> None:
+    done = command("--help", cwd=tmp_path)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0
+    assert len(lines) <= 48
+    assert max(map(len, lines)) <= 120
+    for word in (
+        "model=",
+        "data.sources.NAME.path",
+        "train.steps",
+        "optim.lr",
+        "--cfg job",
+        "--multirun",
+        "experiment=",
+    ):
+        assert word in done.stdout
+
+
+def test_flags_and_overrides_may_stand_in_any_order() -> None:
+    arguments = command_line(["model=15m", "--cfg", "job", "optim.lr=1"], groups={"model"})
+    assert arguments[:2] == ["--cfg", "job"]
+    assert arguments[-2:] == ["model=15m", "++optim.lr=1"]
+    assert command_line(["--info"], groups=set())[:2] == ["--info", "all"]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "Hello, world",
+        "def f(x):",
+        "it's",
+        "a\\'b\\",
+        "'",
+        "{",
+        "[1",
+        "x=y=z",
+        "tab\there",
+        "100 %",
+        "",
+        "back\\slash",
+        '"q"',
+    ],
+)
+def test_any_text_may_be_a_value(value: str) -> None:
+    *_, override = command_line([f"prompt={value}"], groups=set())
+    parsed = OverridesParser.create().parse_override(override).value()
+    assert str(getattr(parsed, "text", parsed)) == (value.strip('"') if value == '"q"' else value)
+
+
+def test_tab_completion_works_in_bash(tmp_path: Path) -> None:
+    script = """
+    eval "$(python -m llamatrain.train -sc install=bash)"
+    COMP_LINE="python -m llamatrain.train mod" _llamatrain_complete; echo "${COMPREPLY[@]}"
+    COMP_LINE="python -m llamatrain.train experiment=de" _llamatrain_complete; echo "${COMPREPLY[@]}"
+    COMP_LINE="python -m llamatrain.train optim.warm" _llamatrain_complete; echo "${COMPREPLY[@]}"
+    """
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(REPOSITORY),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert [line.split() for line in done.stdout.splitlines()] == [
+        ["model.", "model="],
+        ["experiment=demo"],
+        ["optim.warmup_steps="],
+    ]
+
+
+def test_a_sweep_gives_each_job_a_directory_of_its_own(tiny_dataset: Callable[..., Path], tmp_path: Path) -> None:
+    data = tiny_dataset("text", ["how much wood would a woodchuck chuck. " * 9] * 20, tmp_path / "data")
+    done = command(
+        "--multirun", "name=sweep", "model=15m", "model.dim=32", "model.n_layers=1", "model.n_heads=2",
+        "model.max_seq_len=32", f"data.sources.text.path={data}", "data.seq_len=32", "train.steps=2",
+        "train.global_batch_tokens=64", "optim.warmup_steps=1", "optim.lr=1e-4,2e-4", "train.device=cpu",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    runs = sorted((tmp_path / "runs" / "sweep").iterdir())
+    assert len(runs) == 2
+    assert [path.name for path in runs] == ["optim.lr=0.0001", "optim.lr=0.0002"]
+    assert [saved_steps(path) for path in runs] == [[2], [2]]
+
+
+def test_bad_data_is_told_in_one_line_and_in_the_status(tmp_path: Path) -> None:
+    done = command(
+        "model=15m", "data.sources.text.path=nowhere", "train.steps=5", "train.global_batch_tokens=2048",
+        "optim.warmup_steps=1", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: nowhere/tokenizer\.model: the tokenizer cannot be read .*\n", done.stderr)
+    assert status(tmp_path / "runs" / "llama")["state"] == "bad_input"
+
+
+def test_several_processes_are_refused_plainly(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "WORLD_SIZE": "2"}
+    done = subprocess.run(
+        [sys.executable, "-m", "llamatrain.train", "data.sources.a.path=x", "train.steps=5000"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "started on 2 processes; this version trains in one" in done.stderr
