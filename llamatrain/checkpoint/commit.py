@@ -1,0 +1,146 @@
+"""Checkpoint directories: made whole or not at all, checked, listed, pruned. No torch.
+
+`checkpoints/step-00001234/` holds safetensors files and `checkpoint.json`. Everything is written into a temporary
+directory, synced, and renamed; the manifest is written last, so a directory with a manifest is a checkpoint and
+one without is not. The manifest carries size and SHA-256 of every file and a hash of itself. Which checkpoint is
+the newest is found by looking, never by a pointer file. No pickle is written or read.
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from llamatrain.errors import CheckpointError
+from llamatrain.files import fsync_path, sha256_of_file, sha256_of_json, write_json_atomically
+
+FORMAT = "llamatrain-checkpoint"
+VERSION = 1
+MANIFEST_FILE = "checkpoint.json"
+TEMPORARY_PREFIX = ".unfinished-"
+DELETED_PREFIX = ".deleted-"
+
+Manifest = dict[str, Any]
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def begin(root: Path, step: int) -> Path:
+    """A fresh temporary directory for the checkpoint of `step`."""
+    temporary = root / (TEMPORARY_PREFIX + step_name(step))
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def commit(temporary: Path, content: Manifest) -> Path:
+    """Turn a temporary directory into a checkpoint: hash and sync its files, write the manifest, rename.
+
+    `content` is the manifest without the fields that describe the format and the files; this adds them.
+    """
+    files = {}
+    for path in sorted(temporary.iterdir()):
+        fsync_path(path)
+        files[path.name] = {"size": path.stat().st_size, "sha256": sha256_of_file(path)}
+    manifest = {"format": FORMAT, "version": VERSION, **content, "files": files}
+    manifest["manifest_sha256"] = sha256_of_json(manifest)
+    write_json_atomically(temporary / MANIFEST_FILE, manifest)
+    final = temporary.with_name(temporary.name.removeprefix(TEMPORARY_PREFIX))
+    if final.exists():
+        delete(final)
+    os.rename(temporary, final)
+    fsync_path(final.parent)
+    return final
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Committed checkpoints, newest first."""
+    if not root.is_dir():
+        return []
+    steps = {
+        int(match.group(1)): path
+        for path in root.iterdir()
+        if (match := re.fullmatch(r"step-(\d{8,})", path.name)) and (path / MANIFEST_FILE).is_file()
+    }
+    return [steps[step] for step in sorted(steps, reverse=True)]
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def delete(checkpoint: Path) -> None:
+    """Remove a checkpoint; renamed first, so that a crash leaves none that is half there."""
+    doomed = checkpoint.with_name(DELETED_PREFIX + checkpoint.name)
+    if doomed.exists():
+        shutil.rmtree(doomed)
+    os.rename(checkpoint, doomed)
+    shutil.rmtree(doomed)
+
+
+def clean(root: Path) -> None:
+    """Remove what a crash left unfinished or half deleted. Only the process that holds the run's lock may."""
+    if root.is_dir():
+        for path in root.iterdir():
+            if path.name.startswith((TEMPORARY_PREFIX, DELETED_PREFIX)):
+                shutil.rmtree(path)
+
+
+def prune(root: Path, *, keep_last: int, keep_every_steps: int) -> list[Path]:
+    """Delete all but the newest `keep_last` checkpoints and those at multiples of `keep_every_steps` (0: none)."""
+    doomed = [
+        checkpoint
+        for checkpoint in list_checkpoints(root)[keep_last:]
+        if not (keep_every_steps and step_of(checkpoint) % keep_every_steps == 0)
+    ]
+    for checkpoint in doomed:
+        delete(checkpoint)
+    return doomed
+
+
+def read_manifest(checkpoint: Path) -> Manifest:
+    """The manifest, its own hash checked. Raises CheckpointError."""
+    path = checkpoint / MANIFEST_FILE
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{checkpoint}: no {MANIFEST_FILE} there, so it is not a checkpoint") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: the manifest cannot be read ({error})") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: not a {FORMAT} manifest")
+    if manifest.get("version") != VERSION:
+        raise CheckpointError(f"{path}: schema version {manifest.get('version')}; this program reads version {VERSION}")
+    recorded = manifest.pop("manifest_sha256", None)
+    if recorded != sha256_of_json(manifest):
+        raise CheckpointError(f"{path}: the manifest was altered (its own hash does not fit)")
+    return manifest
+
+
+def verify_files(checkpoint: Path, manifest: Manifest, *, prefix: str = "", hashes: bool = True) -> None:
+    """Check size (and SHA-256) of every file whose name starts with `prefix`. Raises CheckpointError naming the file.
+
+    Only plain names ending in .safetensors are accepted: nothing else is ever opened.
+    """
+    for name, entry in manifest["files"].items():
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{checkpoint}: the manifest names {name!r}; a checkpoint holds only .safetensors files, "
+                "and nothing else is opened"
+            )
+        if not name.startswith(prefix):
+            continue
+        path = checkpoint / name
+        try:
+            size = path.stat().st_size
+        except OSError:
+            raise CheckpointError(f"{path}: named in the manifest but not there") from None
+        if size != entry["size"]:
+            raise CheckpointError(f"{path}: {size} bytes where the manifest says {entry['size']}; it is truncated")
+        if hashes and sha256_of_file(path) != entry["sha256"]:
+            raise CheckpointError(f"{path}: its SHA-256 is not the manifest's; its content was altered")

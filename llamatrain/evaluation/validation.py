@@ -1,0 +1,169 @@
+"""Loss on held-out documents: token-exact, per source and over all, with bits per byte and a baseline.
+
+Every token of a source's validation split (or of its first `evaluation.max_tokens`) is a target exactly once: the
+split is cut into windows of seq_len as in training, and the last window of each shard is filled up with ignored
+targets. The baseline is the entropy of the targets' own unigram distribution: what a model that knows only how
+often each token occurs would reach.
+"""
+
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from llamatrain.config import RunConfig
+from llamatrain.data.loader import IGNORE_INDEX, document_pieces
+from llamatrain.data.shards import Manifest, check_sizes, open_document_starts, open_tokens
+from llamatrain.data.sources import Source
+from llamatrain.errors import DataError
+from llamatrain.model.llama import Llama
+from llamatrain.model.loss import cross_entropy_sum
+from llamatrain.observe.records import Record
+from llamatrain.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+SPLIT = "validation"
+
+
+@dataclass
+class Tally:
+    """Sums over targets; adding two gives the tally of both."""
+
+    loss: float = 0.0  # nats
+    targets: int = 0
+    text_bytes: int = 0
+    occurrences: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # of each token id
+
+    def __add__(self, other: "Tally") -> "Tally":
+        width = max(len(self.occurrences), len(other.occurrences))
+        padded = [np.pad(t.occurrences, (0, width - len(t.occurrences))) for t in (self, other)]
+        return Tally(
+            self.loss + other.loss,
+            self.targets + other.targets,
+            self.text_bytes + other.text_bytes,
+            padded[0] + padded[1],
+        )
+
+    def metrics(self, task: str) -> Record:
+        """The record's fields `eval/<task>/…`: loss and unigram entropy in nats per token, bits per byte of text."""
+        return {
+            f"eval/{task}/loss": self.loss / self.targets,
+            f"eval/{task}/bits_per_byte": self.loss / math.log(2) / max(1, self.text_bytes),
+            f"eval/{task}/unigram_entropy": unigram_entropy(self.occurrences),
+            f"eval/{task}/tokens": self.targets,
+        }
+
+
+def unigram_entropy(occurrences: np.ndarray) -> float:
+    """Entropy -sum p ln p of the distribution with these counts; nats."""
+    p = occurrences[occurrences > 0] / occurrences.sum()
+    return float(-(p * np.log(p)).sum())
+
+
+class Window(NamedTuple):
+    """A sample of a validation split."""
+
+    inputs: np.ndarray  # int64 [T]
+    targets: np.ndarray  # int64 [T], IGNORE_INDEX where there is none
+    document_lengths: list[int]  # of the pieces of documents in the inputs
+    text_bytes: int  # of text that the targets stand for, the masked ones too
+
+
+def windows(
+    manifest: Manifest,
+    *,
+    seq_len: int,
+    max_tokens: int | None,
+    document_mask: bool,
+    bytes_per_token: np.ndarray,
+) -> Iterator[Window]:
+    """A validation split in order, up to its first `max_tokens` targets.
+
+    With `document_mask` the first token of a document is no target.
+    """
+    remaining = math.inf if max_tokens is None else max_tokens
+    for shard in manifest.shards(SPLIT):
+        tokens, starts = open_tokens(manifest, shard), open_document_starts(manifest, shard)
+        for first in range(0, shard.tokens - 1, seq_len):
+            if remaining <= 0:
+                return
+            piece = tokens[first : first + seq_len + 1].astype(np.int64)
+            given = int(min(len(piece) - 1, remaining))
+            inputs, targets = np.zeros(seq_len, np.int64), np.full(seq_len, IGNORE_INDEX, np.int64)
+            inputs[:given] = piece[:given]
+            targets[:given] = piece[1 : given + 1]
+            text_bytes, lengths = int(bytes_per_token[targets[:given]].sum()), [seq_len]
+            if document_mask:
+                lengths, begins = document_pieces(starts, first, seq_len)
+                targets[begins] = IGNORE_INDEX
+            remaining -= given
+            yield Window(inputs, targets, lengths, text_bytes)
+
+
+class Validation:
+    """The validation splits of a run's sources. Raises DataError if validation is asked for and there is none."""
+
+    def __init__(self, config: RunConfig, sources: list[Source], tokenizer: Tokenizer, device: torch.device) -> None:
+        self._settings = config.evaluation
+        self._seq_len = config.data.seq_len
+        self._document_mask = config.data.document_mask
+        self._bytes_per_token = tokenizer.bytes_per_token
+        self._device = device
+        self._manifests = {source.name: source.manifest for source in sources if source.manifest.tokens(SPLIT) > 1}
+        if not self._settings.every_steps:
+            return
+        for source in sources:
+            if source.name not in self._manifests:
+                log.warning("data.sources.%s holds out no documents: it is not validated", source.name)
+            check_sizes(source.manifest, [SPLIT])
+        if not self._manifests:
+            raise DataError(
+                "evaluation.every_steps is set and no source has a validation split: tokenize with "
+                "validation_fraction above 0, or set evaluation.every_steps=0"
+            )
+
+    def evaluate(self, model: Llama) -> Record:
+        """`eval/validation.<source>/…` of every source, and `eval/validation/…` over all their targets."""
+        model.eval()
+        tallies = {name: self._tally(model, name, manifest) for name, manifest in self._manifests.items()}
+        model.train()
+        record: Record = {}
+        for name, tally in tallies.items():
+            record.update(tally.metrics(f"validation.{name}"))
+        return {**record, **sum(tallies.values(), Tally()).metrics("validation")}
+
+    @torch.no_grad()
+    def _tally(self, model: Llama, name: str, manifest: Manifest) -> Tally:
+        tally = Tally()
+        loss = torch.zeros((), dtype=torch.float64, device=self._device)
+        rows = windows(
+            manifest,
+            seq_len=self._seq_len,
+            max_tokens=self._settings.max_tokens,
+            document_mask=self._document_mask,
+            bytes_per_token=self._bytes_per_token,
+        )
+        total = min(manifest.tokens(SPLIT), self._settings.max_tokens or manifest.tokens(SPLIT))
+        with tqdm(total=total, desc=f"validating {name}", unit="tok", leave=False, disable=None) as bar:
+            while batch := list(islice(rows, self._settings.micro_batch)):
+                inputs = np.stack([window.inputs for window in batch])
+                targets = np.stack([window.targets for window in batch])
+                lengths = [n for window in batch for n in window.document_lengths]
+                logits = model(
+                    torch.from_numpy(inputs).to(self._device),
+                    doc_lengths=lengths if self._document_mask else None,
+                )
+                loss += cross_entropy_sum(logits, torch.from_numpy(targets).to(self._device))
+                valid = targets[targets != IGNORE_INDEX]
+                text_bytes = sum(window.text_bytes for window in batch)
+                tally += Tally(0.0, len(valid), text_bytes, np.bincount(valid))
+                bar.update(len(valid))
+        tally.loss = loss.item()
+        return tally

@@ -1,0 +1,45 @@
+"""Write on from a prompt with a checkpoint of a run.
+
+    python -m llamatrain.generate checkpoint=RUN_OR_STEP_DIRECTORY prompt="Once upon a time"
+    python -m llamatrain.generate checkpoint=… 'prompt=["Once upon a time","The moon"]' temperature=0
+
+Settings: max_new_tokens, temperature, top_p, seed, device, precision (llamatrain/config/generate.py).
+"""
+
+from llamatrain.cli import run_command
+from llamatrain.config.generate import GenerateConfig, check_generate
+
+
+def run(settings: GenerateConfig) -> None:
+    """Print each prompt with what the model writes after it."""
+    check_generate(settings)
+    from llamatrain.checkpoint.store import load_model_for_inference
+    from llamatrain.distributed import PRECISIONS, choose_device, choose_precision
+    from llamatrain.model.generation import generate
+    from llamatrain.tokenizer import Tokenizer
+
+    assert settings.checkpoint is not None  # checked above
+    device = choose_device(settings.device)
+    dtype = PRECISIONS[choose_precision(settings.precision, device)]
+    model, _, tokenizer_path = load_model_for_inference(settings.checkpoint, device, compute_dtype=dtype)
+    tokenizer = Tokenizer(tokenizer_path)
+    prompts = [tokenizer.encode(text, bos=True) for text in settings.prompts]
+    continuations = generate(
+        model,
+        prompts,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        eos_id=tokenizer.eos_id,
+        seed=settings.seed,
+    )
+    for prompt, continuation in zip(prompts, continuations, strict=True):
+        print(tokenizer.decode(prompt + continuation), end="\n\n", flush=True)
+
+
+def main() -> None:
+    run_command(GenerateConfig, "commands/generate", run, help_text=__doc__)
+
+
+if __name__ == "__main__":
+    main()

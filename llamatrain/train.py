@@ -1,0 +1,52 @@
+"""Train a LLaMA.
+
+    python -m llamatrain.train model=15m data.sources.NAME.path=DIRECTORY train.steps=1000 optim.lr=6e-4
+
+Every setting is key=value; a group's choice is group=choice (a file of conf/). The run lives in run_dir
+(runs/NAME): the same command again resumes it, or says that it is done.
+
+  model=7b|13b|33b|65b|15m|110m|300m|1b     shape of the model
+  experiment=paper_7b|…|paper_65b|demo      a whole run: mixture, steps, schedule
+  data.sources.NAME.path=DIR                a data set written by data_tools.tokenize_shards
+  data.sources.NAME.weight=0.7              its share of the samples (normalised)
+  data.seq_len=2048                         tokens per sample
+  train.steps=N | train.tokens=N            length of the run
+  train.global_batch_tokens=65536           tokens per optimizer step
+  train.micro_batch=4                       sequences per device per forward
+  train.precision=bf16|fp32                 compute precision (weights are fp32)
+  train.stop_after_step=N                   save and leave there; the same command without it goes on
+  optim.lr=3e-4 optim.warmup_steps=2000     peak rate, warm-up; cosine to optim.min_lr_ratio
+  checkpoint.every_steps=1000               saved also at the end, on SIGTERM and on Ctrl-C
+  evaluation.every_steps=500                validation loss per source, bits per byte
+  logging.every_steps=10 logging.wandb=off|offline|online
+  name=NAME run_dir=runs/NAME               where it lives
+
+  --cfg job      print the composed configuration and leave      --multirun   a run per combination: optim.lr=1e-4,3e-4
+  --info defaults  which files it is composed from               --help       this text
+  Tab completion: eval "$(python -m llamatrain.train -sc install=bash)"
+
+Exit status: 0 done, or stopped in order (status.json says which) - 2 bad configuration or data
+- 3 unhealthy: somebody has to look - 1 a crash. LLAMATRAIN_TRACEBACK=1 shows where an error came from.
+"""
+
+from llamatrain.cli import run_command
+from llamatrain.config import RunConfig, validate
+from llamatrain.resilience.control import StopRequest
+
+
+def train(config: RunConfig) -> None:
+    """Check the configuration, then train; signals are caught before torch, which takes seconds to import."""
+    validate(config)
+    stop = StopRequest()
+    stop.install()
+    from llamatrain.trainer import run
+
+    run(config, stop)
+
+
+def main() -> None:
+    run_command(RunConfig, "config", train, help_text=__doc__)
+
+
+if __name__ == "__main__":
+    main()

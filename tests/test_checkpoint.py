@@ -1,0 +1,279 @@
+"""Checkpoints: whole or absent, refused with their own message when damaged, assembled from any chunks."""
+
+import json
+import os
+import pickle
+import re
+from collections.abc import Callable
+from contextlib import ExitStack
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from llamatrain.checkpoint import commit, store
+from llamatrain.config import RunConfig
+from llamatrain.errors import CheckpointError, UnhealthyRun
+from llamatrain.files import sha256_of_file, sha256_of_json
+from tests.small_run import metrics, saved_steps, saved_tensors, small_config, status, train_in_process, trainer_for
+
+Damage = Callable[[Path], None]
+
+
+def save_simple(root: Path, step: int = 1, **tensors: torch.Tensor) -> Path:
+    tensors = tensors or {"weight": torch.arange(12.0).reshape(4, 3)}
+    return store.save(root, step, {"model": tensors}, {"model": {}})
+
+
+def read_simple(checkpoint: Path, **targets: torch.Tensor) -> None:
+    store.load_group(checkpoint, store.open_checkpoint(checkpoint), "model", targets)
+
+
+def edit_manifest(checkpoint: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the manifest as somebody would who also corrects every hash in it."""
+    path = checkpoint / commit.MANIFEST_FILE
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    for name, entry in manifest["files"].items():
+        if (checkpoint / name).is_file():
+            entry.update(size=(checkpoint / name).stat().st_size, sha256=sha256_of_file(checkpoint / name))
+    del manifest["manifest_sha256"]
+    path.write_text(json.dumps({**manifest, "manifest_sha256": sha256_of_json(manifest)}))
+
+
+def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
+    tensors = {
+        "a": torch.randn(5, 7),
+        "b": torch.randn(3).to(torch.bfloat16),
+        "scalar": torch.tensor(2.5),
+        "bytes": torch.randint(0, 255, (9,), dtype=torch.uint8),
+        "strided": torch.randn(4, 6).t(),
+    }
+    checkpoint = save_simple(tmp_path, **tensors)
+    found = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    read_simple(checkpoint, **found)
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_save_that_fails_leaves_the_earlier_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_simple(tmp_path, 1)
+
+    def disk_full(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(commit, "fsync_path", disk_full)
+    with pytest.raises(CheckpointError, match=r"step 2 could not be written .*No space left"):
+        save_simple(tmp_path, 2)
+    monkeypatch.undo()
+    assert [path.name for path in commit.list_checkpoints(tmp_path)] == ["step-00000001"]
+    commit.clean(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_a_directory_without_a_manifest_is_no_checkpoint(tmp_path: Path) -> None:
+    checkpoint = save_simple(tmp_path)
+    (checkpoint / commit.MANIFEST_FILE).unlink()
+    assert commit.list_checkpoints(tmp_path) == []
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
+        store.open_checkpoint(checkpoint)
+
+
+@given(st.data())
+@settings(max_examples=30, deadline=None)
+def test_a_tensor_is_assembled_from_any_chunks(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    rows, columns = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9))
+    cuts = sorted({0, rows, *data.draw(st.lists(st.integers(0, rows), max_size=3))})
+    halves = sorted({0, columns, data.draw(st.integers(0, columns))})
+    tensor = torch.randn(rows, columns)
+    checkpoint = save_simple(tmp_path_factory.mktemp("chunks"), weight=tensor)
+    chunks = []
+    for rank, (top, bottom) in enumerate(pairwise(cuts)):
+        file = f"model.rank{rank:05d}.safetensors"
+        pieces = {f"w{left}": tensor[top:bottom, left:right].contiguous() for left, right in pairwise(halves)}
+        save_file(pieces, checkpoint / file)
+        chunks += [
+            {"offset": [top, int(key[1:])], "shape": list(piece.shape), "file": file, "key": key}
+            for key, piece in pieces.items()
+        ]
+
+    def cut(manifest: dict[str, Any]) -> None:
+        manifest["tensors"]["model"]["weight"]["chunks"] = chunks
+        manifest["files"] = {chunk["file"]: {} for chunk in chunks}
+
+    edit_manifest(checkpoint, cut)
+    found = torch.zeros_like(tensor)
+    read_simple(checkpoint, weight=found)
+    assert torch.equal(found, tensor)
+
+
+def test_pruning_keeps_the_last_and_the_multiples(tmp_path: Path) -> None:
+    for step in (5, 10, 15, 20, 25):
+        save_simple(tmp_path, step)
+    commit.prune(tmp_path, keep_last=2, keep_every_steps=10)
+    assert [commit.step_of(path) for path in commit.list_checkpoints(tmp_path)] == [25, 20, 10]
+
+
+# Damage: each kind is refused with a message of its own
+
+
+class Sentinel:
+    """Unpickling this writes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (str(self.path),))
+
+
+def truncate(checkpoint: Path) -> None:
+    path = next(checkpoint.glob("model*.safetensors"))
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def flip_a_byte(checkpoint: Path) -> None:
+    path = next(checkpoint.glob("optimizer*.safetensors"))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def flip_a_byte_of_the_manifest(checkpoint: Path) -> None:
+    path = checkpoint / commit.MANIFEST_FILE
+    path.write_text(path.read_text().replace('"step": 8', '"step": 9', 1))
+
+
+def remove_a_file(checkpoint: Path) -> None:
+    next(checkpoint.glob("model*.safetensors")).unlink()
+
+
+def remove_a_chunk(checkpoint: Path) -> None:
+    edit_manifest(checkpoint, lambda manifest: manifest["tensors"]["model"]["norm.weight"].update(chunks=[]))
+
+
+def remove_a_stored_tensor(checkpoint: Path) -> None:
+    path = next(checkpoint.glob("model*.safetensors"))
+    tensors = load_file(path)
+    del tensors["norm.weight"]
+    save_file(tensors, path)
+    edit_manifest(checkpoint, lambda manifest: None)
+
+
+def make_it_another_model(checkpoint: Path) -> None:
+    def rename(manifest: dict[str, Any]) -> None:
+        tensors = manifest["tensors"]["model"]
+        tensors["layers.7.attention_norm.weight"] = tensors.pop("layers.1.attention_norm.weight")
+
+    edit_manifest(checkpoint, rename)
+
+
+def name_a_pickle(checkpoint: Path) -> None:
+    (checkpoint / "model.pt").write_bytes(pickle.dumps(Sentinel(checkpoint.parent.parent / "sentinel")))
+    edit_manifest(checkpoint, lambda manifest: manifest["files"].update({"model.pt": {}}))
+
+
+def disguise_a_pickle(checkpoint: Path) -> None:
+    """A pickle under the name of a weights file, hashes corrected."""
+    path = next(checkpoint.glob("model*.safetensors"))
+    path.write_bytes(pickle.dumps(Sentinel(checkpoint.parent.parent / "sentinel")))
+    edit_manifest(checkpoint, lambda manifest: None)
+
+
+def point_outside(checkpoint: Path) -> None:
+    edit_manifest(checkpoint, lambda manifest: manifest["files"].update({"../../x.safetensors": {}}))
+
+
+def make_it_newer(checkpoint: Path) -> None:
+    edit_manifest(checkpoint, lambda manifest: manifest.update(version=2))
+
+
+def empty_the_manifest(checkpoint: Path) -> None:
+    (checkpoint / commit.MANIFEST_FILE).write_text("")
+
+
+def config_for(run_dir: Path, sources: dict[str, Path], steps: int, **groups: dict[str, Any]) -> RunConfig:
+    return small_config(run_dir, sources, train={"steps": steps}, evaluation={"every_steps": 0}, **groups)
+
+
+DAMAGES: dict[str, tuple[Damage, str]] = {
+    "truncated": (truncate, "bytes where the manifest says .* truncated"),
+    "flipped byte": (flip_a_byte, "SHA-256 is not the manifest's"),
+    "flipped byte of the manifest": (flip_a_byte_of_the_manifest, "the manifest was altered"),
+    "missing file": (remove_a_file, "named in the manifest but not there"),
+    "missing chunk": (remove_a_chunk, r"the chunks of norm\.weight do not cover it"),
+    "missing tensor": (remove_a_stored_tensor, "cannot be read"),
+    "another model": (make_it_another_model, "it is of another model: lacks layers.1.attention_norm"),
+    "named pickle": (name_a_pickle, r"names 'model\.pt'; a checkpoint holds only \.safetensors"),
+    "disguised pickle": (disguise_a_pickle, "cannot be read"),
+    "outside path": (point_outside, "a checkpoint holds only"),
+    "newer schema": (make_it_newer, "schema version 2; this program reads version 1"),
+    "empty manifest": (empty_the_manifest, "the manifest cannot be read"),
+}
+
+
+@pytest.fixture(scope="module")
+def sources(tiny_dataset: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    directory = tmp_path_factory.mktemp("data")
+    return {"text": tiny_dataset("text", [f"{i} bottles of beer on the wall. " * 9 for i in range(60)], directory)}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    kind: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    damage, message = DAMAGES[kind]
+    run_dir = tmp_path / "run"
+    config = config_for(run_dir, sources, 8)
+    train_in_process(config)
+    expected, records = saved_tensors(run_dir, 8), metrics(run_dir)
+    damage(run_dir / "checkpoints" / "step-00000008")
+    with ExitStack() as resources:
+        trainer = trainer_for(config, resources)
+        assert trainer.step == 4
+        refusals = trainer.directory.events("refused")
+    assert len(refusals) == 1
+    assert re.search(message, refusals[0]["reason"])
+    train_in_process(config)
+    found = saved_tensors(run_dir, 8)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert [r["train/loss"] for r in metrics(run_dir)] == [r["train/loss"] for r in records]
+    assert not (run_dir / "sentinel").exists()
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_with_no_other_checkpoint_the_run_stops(kind: str, sources: dict[str, Path], tmp_path: Path) -> None:
+    damage, message = DAMAGES[kind]
+    run_dir = tmp_path / "run"
+    config = config_for(run_dir, sources, 8, checkpoint={"every_steps": 8, "keep_last": 1})
+    train_in_process(config)
+    damage(run_dir / "checkpoints" / "step-00000008")
+    with pytest.raises(UnhealthyRun, match=message):
+        train_in_process(config)
+    assert status(run_dir)["state"] == "unhealthy"
+    assert not (run_dir / "sentinel").exists()
+
+
+def test_a_pickle_lying_beside_is_never_opened(sources: dict[str, Path], tmp_path: Path) -> None:
+    config = config_for(tmp_path, sources, 4)
+    train_in_process(config)
+    for name in ("extra.pt", "model.rank00001.safetensors", "checkpoint.pkl", ".metadata"):
+        (tmp_path / "checkpoints" / "step-00000004" / name).write_bytes(pickle.dumps(Sentinel(tmp_path / "sentinel")))
+    train_in_process(config_for(tmp_path, sources, 6))
+    assert saved_steps(tmp_path) == [4, 6]
+    assert not (tmp_path / "sentinel").exists()
+    pickle.loads(pickle.dumps(Sentinel(tmp_path / "sentinel")))
+    assert (tmp_path / "sentinel").exists()  # the trap works
+
+
+def test_a_committed_run_whose_checkpoints_are_gone_stops(sources: dict[str, Path], tmp_path: Path) -> None:
+    config = config_for(tmp_path, sources, 4)
+    train_in_process(config)
+    for checkpoint in commit.list_checkpoints(tmp_path / "checkpoints"):
+        commit.delete(checkpoint)
+    with pytest.raises(UnhealthyRun, match="they are gone"):
+        train_in_process(config)

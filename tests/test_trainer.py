@@ -1,0 +1,364 @@
+"""The trainer in one process: resumption, micro-batches, stopping, validation, what a run leaves behind."""
+
+import math
+import random
+import signal
+import sysconfig
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from llamatrain import generate
+from llamatrain.config import RunConfig
+from llamatrain.config.generate import GenerateConfig
+from llamatrain.data.loader import IGNORE_INDEX, Batch, Loader
+from llamatrain.errors import CheckpointError, ConfigError, DataError, UnhealthyRun
+from llamatrain.resilience.control import StopRequest
+from llamatrain.trainer import Trainer, run
+from tests.small_run import (
+    GLOBAL_BATCH,
+    SEQ_LEN,
+    assert_same_run,
+    metrics,
+    reproducible,
+    saved_steps,
+    saved_tensors,
+    small_config,
+    status,
+    train_in_process,
+    trainer_for,
+)
+
+LOSS_TOLERANCE = 1e-5  # docs/design.md, "Tolerances": fp32, relative, on losses and gradient norms
+
+
+@pytest.fixture(scope="module")
+def sources(tiny_dataset: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two data sets with validation splits, of many short documents, so that masks differ from batch to batch."""
+    library = Path(sysconfig.get_path("stdlib"))
+    directory = tmp_path_factory.mktemp("data")
+    functions = (library / "textwrap.py").read_text().split("\n\n")
+    lines = [line for line in (library / "this.py").read_text().splitlines() if line] * 3
+    lines += (library / "calendar.py").read_text().split("\n\n")
+    return {
+        "functions": tiny_dataset("functions", functions, directory / "functions", validation_fraction=0.1),
+        "lines": tiny_dataset("lines", lines, directory / "lines", validation_fraction=0.1),
+    }
+
+
+@pytest.fixture(scope="module")
+def unbroken(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A finished run."""
+    config = small_config(tmp_path_factory.mktemp("unbroken"), sources)
+    train_in_process(config)
+    return config
+
+
+def test_a_run_leaves_its_record_behind(unbroken: RunConfig) -> None:
+    directory = Path(unbroken.run_dir)
+    assert status(directory)["state"] == "done"
+    assert status(directory)["step"] == 12
+    assert saved_steps(directory) == [8, 12]
+    steps = [record["step"] for record in metrics(directory) if "train/loss" in record]
+    assert steps == list(range(1, 13))
+    assert [record["step"] for record in metrics(directory) if "eval/validation/loss" in record] == [0, 6, 12]
+    assert all(record["tokens"] == record["step"] * GLOBAL_BATCH * SEQ_LEN for record in metrics(directory))
+    for name in ("config.yaml", "journal.jsonl", "tokenizer.model"):
+        assert (directory / name).stat().st_size > 0
+
+
+def test_the_loss_falls(unbroken: RunConfig) -> None:
+    losses = [record["train/loss"] for record in metrics(unbroken.run_dir) if "train/loss" in record]
+    assert losses[0] == pytest.approx(math.log(512), rel=0.02)
+    assert sum(losses[-3:]) < sum(losses[:3])
+
+
+def test_a_finished_run_says_so_and_changes_nothing(unbroken: RunConfig, capfd: pytest.CaptureFixture[str]) -> None:
+    before = reproducible(metrics(unbroken.run_dir))
+    train_in_process(unbroken)
+    assert "done: step 12 of 12" in capfd.readouterr().err
+    assert status(unbroken.run_dir)["state"] == "done"
+    assert reproducible(metrics(unbroken.run_dir)) == before
+    assert saved_steps(unbroken.run_dir) == [8, 12]
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 5, 6, 11])
+def test_a_resumed_run_is_bitwise_the_unbroken_one(
+    stop_at: int, unbroken: RunConfig, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    train_in_process(small_config(tmp_path, sources, train={"stop_after_step": stop_at}))
+    assert status(tmp_path)["state"] == "preempted"
+    assert saved_steps(tmp_path)[-1] == stop_at
+    train_in_process(small_config(tmp_path, sources))
+    assert status(tmp_path)["state"] == "done"
+    assert_same_run(unbroken.run_dir, tmp_path, step=12)
+
+
+def test_stopping_at_every_step_is_bitwise_the_unbroken_run(
+    unbroken: RunConfig, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    for step in range(1, 13):
+        train_in_process(small_config(tmp_path, sources, train={"stop_after_step": step}))
+    assert_same_run(unbroken.run_dir, tmp_path, step=12)
+
+
+def test_records_after_the_checkpoint_are_cut_and_made_again(
+    unbroken: RunConfig, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    train_in_process(small_config(tmp_path, sources, train={"stop_after_step": 8}))
+    checkpoint = tmp_path / "checkpoints" / "step-00000008"
+    checkpoint.rename(tmp_path / "moved-away")
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "torn')
+    train_in_process(small_config(tmp_path, sources))
+    assert_same_run(unbroken.run_dir, tmp_path, step=12)
+
+
+def test_validation_does_not_change_training(unbroken: RunConfig, sources: dict[str, Path], tmp_path: Path) -> None:
+    train_in_process(small_config(tmp_path, sources, evaluation={"every_steps": 0}))
+    one, other = saved_tensors(unbroken.run_dir, 12), saved_tensors(tmp_path, 12)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_signal_saves_and_stops_after_the_step(unbroken: RunConfig, sources: dict[str, Path], tmp_path: Path) -> None:
+    stop = StopRequest()
+    stop.install()
+    try:
+        signal.raise_signal(signal.SIGTERM)  # before the first step: the save comes after step 1
+        run(small_config(tmp_path, sources), stop)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert status(tmp_path)["state"] == "preempted"
+    assert status(tmp_path)["reason"] == "SIGTERM"
+    assert saved_steps(tmp_path) == [1]
+    train_in_process(small_config(tmp_path, sources))
+    assert_same_run(unbroken.run_dir, tmp_path, step=12)
+
+
+def test_a_longer_run_keeps_the_past_of_a_shorter_one(
+    unbroken: RunConfig, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    train_in_process(small_config(tmp_path, sources, train={"steps": 6}))
+    train_in_process(small_config(tmp_path, sources))
+    one, other = saved_tensors(unbroken.run_dir, 12), saved_tensors(tmp_path, 12)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_structural_change_is_refused_and_another_is_taken(sources: dict[str, Path], tmp_path: Path) -> None:
+    train_in_process(small_config(tmp_path, sources, train={"steps": 2}))
+    with pytest.raises(ConfigError, match=r"data\.seed was 0, is 1"):
+        train_in_process(small_config(tmp_path, sources, data={"seed": 1}))
+    assert status(tmp_path)["state"] == "bad_input"
+    train_in_process(small_config(tmp_path, sources, train={"steps": 3}, optim={"lr": 1e-4}))
+    assert metrics(tmp_path)[-2]["train/lr"] == pytest.approx(1e-4 * 3 / 10)
+
+
+def test_another_data_set_under_the_same_name_is_refused(
+    sources: dict[str, Path], tiny_dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    train_in_process(small_config(tmp_path / "run", sources, train={"steps": 2}))
+    other = tiny_dataset("lines", ["something else entirely. " * 60], tmp_path / "lines")
+    with pytest.raises(DataError, match=r"data\.sources\.lines: its data set is not the one"):
+        train_in_process(small_config(tmp_path / "run", {**sources, "lines": other}))
+
+
+def test_two_processes_cannot_train_in_one_directory(sources: dict[str, Path], tmp_path: Path) -> None:
+    with ExitStack() as resources:
+        trainer_for(small_config(tmp_path, sources), resources)
+        with pytest.raises(ConfigError, match="another process trains there"):
+            train_in_process(small_config(tmp_path, sources))
+
+
+def test_a_non_finite_loss_stops_the_run_and_is_not_saved(
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def poisoned(self: Trainer, batch: Batch) -> torch.Tensor:
+        loss = accumulate(self, batch)
+        return loss * math.nan if self.step == 5 else loss
+
+    accumulate = Trainer.accumulate_gradients
+    monkeypatch.setattr(Trainer, "accumulate_gradients", poisoned)
+    with pytest.raises(UnhealthyRun, match=r"step 6: loss nan.*step-00000004"):
+        train_in_process(small_config(tmp_path, sources))
+    assert status(tmp_path)["state"] == "unhealthy"
+    assert saved_steps(tmp_path) == [4]
+
+
+def test_checkpoints_are_kept_by_number_and_by_multiple(sources: dict[str, Path], tmp_path: Path) -> None:
+    settings = {"every_steps": 2, "keep_last": 2, "keep_every_steps": 4}
+    train_in_process(small_config(tmp_path, sources, checkpoint=settings))
+    assert saved_steps(tmp_path) == [4, 8, 10, 12]
+
+
+# Micro-batches: the same batch in other portions is the same step
+
+
+class Course:
+    """What 20 steps at one micro-batch size did."""
+
+    def __init__(self, config: RunConfig, steps: int = 20) -> None:
+        self.samples: list[list[int]] = []
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+        self.valid_targets: list[list[int]] = []
+        self.first_gradients: dict[str, torch.Tensor] = {}
+        with ExitStack() as resources:
+            trainer = trainer_for(config, resources)
+            loader = resources.enter_context(
+                Loader(
+                    trainer.sources,
+                    trainer.order,
+                    trainer.data_state,
+                    seq_len=config.data.seq_len,
+                    global_batch=config.global_batch,
+                    micro_batch=config.train.micro_batch,
+                    document_mask=config.data.document_mask,
+                )
+            )
+            for batch in loader:
+                self._step(trainer, batch)
+                if trainer.step == steps:
+                    break
+
+    def _step(self, trainer: Trainer, batch: Batch) -> None:
+        if trainer.step == 0:
+            trainer.accumulate_gradients(batch)
+            self.first_gradients = {
+                n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None
+            }
+            trainer.optimizer.zero_grad()
+        loss, norm = trainer.train_step(batch)
+        trainer.step += 1
+        self.samples.append(batch.samples.tolist())
+        self.losses.append(loss.item())
+        self.norms.append(norm.item())
+        self.valid_targets.append([int((m.targets != IGNORE_INDEX).sum()) for m in batch.micro_batches()])
+
+
+def check_same_course(one: Course, other: Course) -> None:
+    """Equal samples; losses, gradient norms and first gradients within the tolerances."""
+    assert one.samples == other.samples
+    assert other.losses == pytest.approx(one.losses, rel=LOSS_TOLERANCE)
+    assert other.norms == pytest.approx(one.norms, rel=LOSS_TOLERANCE)
+    for name, gradient in one.first_gradients.items():
+        difference = (gradient - other.first_gradients[name]).abs().max()
+        assert difference <= 1e-5 * gradient.abs().max(), name
+
+
+def course(sources: dict[str, Path], directory: Path, micro_batch: int) -> Course:
+    config = small_config(
+        directory,
+        sources,
+        data={"document_mask": True},
+        train={"micro_batch": micro_batch, "steps": 20},
+        optim={"clip_norm": 0.5},
+    )
+    return Course(config)
+
+
+@pytest.fixture(scope="module")
+def whole_batch(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Course:
+    return course(sources, tmp_path_factory.mktemp("whole"), GLOBAL_BATCH)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+def test_micro_batches_do_not_change_the_course(
+    micro_batch: int, whole_batch: Course, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    found = course(sources, tmp_path, micro_batch)
+    assert any(len(set(counts)) > 1 for counts in found.valid_targets)  # unequal numbers of masked targets
+    check_same_course(whole_batch, found)
+
+
+def test_a_mean_of_means_is_caught(
+    whole_batch: Course, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mean_of_means(self: Trainer, batch: Batch) -> torch.Tensor:
+        portions = list(batch.micro_batches())
+        loss = torch.zeros(())
+        for inputs, targets, lengths in portions:
+            logits = self.model(inputs, doc_lengths=lengths).float()
+            micro = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()) / len(portions)
+            micro.backward()
+            loss += micro.detach()
+        return loss
+
+    monkeypatch.setattr(Trainer, "accumulate_gradients", mean_of_means)
+    with pytest.raises(AssertionError):
+        check_same_course(whole_batch, course(sources, tmp_path, 2))
+
+
+@pytest.mark.parametrize("wrong", [lambda batch: batch.valid_targets * 2, lambda batch: batch.targets.numel()])
+def test_a_wrong_divisor_is_caught(
+    wrong: Callable[[Batch], int],
+    whole_batch: Course,
+    sources: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    right = Trainer.accumulate_gradients
+
+    def wrongly_divided(self: Trainer, batch: Batch) -> torch.Tensor:
+        return right(self, replace(batch, valid_targets=wrong(batch)))
+
+    monkeypatch.setattr(Trainer, "accumulate_gradients", wrongly_divided)
+    with pytest.raises(AssertionError):
+        check_same_course(whole_batch, course(sources, tmp_path, 2))
+
+
+def test_a_wrong_divisor_of_the_gradient_alone_is_caught(
+    whole_batch: Course, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AdamW hides the scale of the gradient from the losses; the norm and the first gradient do not."""
+    right = Trainer.accumulate_gradients
+
+    def scaled(self: Trainer, batch: Batch) -> torch.Tensor:
+        loss = right(self, batch)
+        for parameter in self.model.parameters():
+            assert parameter.grad is not None
+            parameter.grad *= 2
+        return loss
+
+    monkeypatch.setattr(Trainer, "accumulate_gradients", scaled)
+    with pytest.raises(AssertionError):
+        check_same_course(whole_batch, course(sources, tmp_path, 4))
+
+
+def test_bf16_trains_close_to_fp32(unbroken: RunConfig, sources: dict[str, Path], tmp_path: Path) -> None:
+    train_in_process(small_config(tmp_path, sources, train={"precision": "bf16"}))
+    losses = [[r["train/loss"] for r in metrics(d) if "train/loss" in r] for d in (unbroken.run_dir, tmp_path)]
+    assert losses[1] == pytest.approx(losses[0], rel=5e-3)
+    assert losses[1] != losses[0]
+
+
+def test_weights_that_no_longer_verify_end_the_run_as_unhealthy(sources: dict[str, Path], tmp_path: Path) -> None:
+    train_in_process(small_config(tmp_path, sources, train={"steps": 4}))
+    for path in (tmp_path / "checkpoints").glob("*/model*.safetensors"):
+        path.write_bytes(path.read_bytes()[: -random.Random(0).randint(1, 99)])
+    with pytest.raises(UnhealthyRun, match="none can be used"):
+        train_in_process(small_config(tmp_path, sources))
+    assert status(tmp_path)["state"] == "unhealthy"
+
+
+def test_the_generate_command_reads_what_training_saved(
+    unbroken: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = GenerateConfig(
+        checkpoint=unbroken.run_dir, prompt=["def f", 7], max_new_tokens=8, temperature=0, device="cpu"
+    )
+    generate.run(settings)
+    first = capsys.readouterr().out
+    generate.run(replace(settings, checkpoint=str(Path(unbroken.run_dir) / "checkpoints" / "step-00000012")))
+    assert capsys.readouterr().out == first
+    assert [text[:1] for text in first.split("\n\n")[:2]] == ["d", "7"]
+    assert len(first) > len("def f\n\n7\n\n")
+
+
+def test_generating_from_nothing_names_it(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="neither a checkpoint nor a run directory with one"):
+        generate.run(GenerateConfig(checkpoint=str(tmp_path), prompt="x"))
