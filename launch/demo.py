@@ -40,11 +40,18 @@ def stages() -> list[list[str]]:
                 f"tokenizer={tokenizer}",
                 f"output={DATA}/{source}",
                 "holdout_by=group",
-                "validation_fraction=0.03",
+                "validation_fraction=0.05",
             ]
             for source, path in zip(SOURCES, inputs, strict=True)
         ),
         ["llamatrain.train", "experiment=demo"],
+        [
+            "llamatrain.generate",
+            f"checkpoint={RUN}",
+            f"prompt=[{','.join(json.dumps(prompt) for prompt in PROMPTS)}]",
+            "max_new_tokens=60",
+            "temperature=0.7",
+        ],
     ]
 
 
@@ -80,16 +87,6 @@ def main() -> None:
     started = time.monotonic()
     for stage in stages():
         run_stage(stage)
-    prompts = ",".join(json.dumps(prompt) for prompt in PROMPTS)
-    run_stage(
-        [
-            "llamatrain.generate",
-            f"checkpoint={RUN}",
-            f"prompt=[{prompts}]",
-            "max_new_tokens=60",
-            "temperature=0.7",
-        ]
-    )
     records = validation_records(RUN / "metrics.jsonl")
     margin = print_losses(records[0], records[-1])
     print(f"\ncorpus, tokenizer, shards  {DATA}/")

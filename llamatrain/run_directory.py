@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
-from llamatrain.errors import ConfigError
+from llamatrain.errors import ConfigError, UnhealthyRun
 from llamatrain.files import fsync_path, write_bytes_atomically, write_json_atomically
 
 STATUS_VERSION = 1
@@ -108,10 +108,10 @@ class RunDirectory:
         if time.monotonic() - self._last_heartbeat >= HEARTBEAT_S:
             self.set_status(RUNNING, step=step)
 
-    def write_once(self, path: Path, content: str) -> None:
+    def write_once(self, path: Path, content: bytes) -> None:
         """Write a file of the run unless it is there."""
         if not path.exists():
-            write_bytes_atomically(path, content.encode())
+            write_bytes_atomically(path, content)
 
 
 def read_status(path: str | Path) -> dict[str, Any] | None:
@@ -121,6 +121,16 @@ def read_status(path: str | Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     return status
+
+
+def refuse_same_attempt(path: str | Path) -> None:
+    """Raises UnhealthyRun if this very attempt was already found to need a person.
+
+    A launcher that restarts whatever failed would otherwise repeat it for ever; a new attempt starts afresh.
+    """
+    status = read_status(path)
+    if status and status["state"] in (UNHEALTHY, BAD_INPUT) and status["attempt"] == attempt_id():
+        raise UnhealthyRun(f"{path}: this attempt ended as {status['state']} ({status['reason']}); start a new one")
 
 
 def cut_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:

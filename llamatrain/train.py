@@ -32,11 +32,13 @@ Exit status: 0 done, or stopped in order (status.json says which) - 2 bad config
 from llamatrain.cli import run_command
 from llamatrain.config import RunConfig, validate
 from llamatrain.resilience.control import StopRequest
+from llamatrain.run_directory import refuse_same_attempt
 
 
 def train(config: RunConfig) -> None:
     """Check the configuration, then train; signals are caught before torch, which takes seconds to import."""
     validate(config)
+    refuse_same_attempt(config.run_dir)
     stop = StopRequest()
     stop.install()
     from llamatrain.trainer import run

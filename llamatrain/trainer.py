@@ -6,7 +6,6 @@ or loaded → optimizer → loop. What a step does stands in `train_step`; what 
 
 import logging
 import math
-import shutil
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -88,7 +87,7 @@ def settle(config: RunConfig, directory: RunDirectory) -> RunConfig:
     train = replace(config.train, device=device.type, precision=choose_precision(config.train.precision, device))
     model = replace(config.model, attention=resolve_backend(config.model.attention, device))
     config = replace(config, train=train, model=model)
-    directory.write_once(directory.config, yaml.safe_dump(config.as_dict(), sort_keys=False))
+    directory.write_once(directory.config, yaml.safe_dump(config.as_dict(), sort_keys=False).encode())
     return config
 
 
@@ -141,9 +140,7 @@ class Trainer:
         sources = open_sources(data, vocab_size=self.config.model.vocab_size, tokenizer_sha256=tokenizer.sha256)
         for source in sources:
             log.info(source.describe())
-        kept = self.directory.path / store.TOKENIZER_FILE
-        if not kept.exists():
-            shutil.copyfile(tokenizer.path, kept)
+        self.directory.write_once(self.directory.path / store.TOKENIZER_FILE, tokenizer.path.read_bytes())
         return tokenizer, sources
 
     def _build_model(self) -> tuple[Llama, torch.optim.AdamW]:
@@ -238,14 +235,15 @@ class Trainer:
         config = self.config
         last = self.step == config.total_steps
         leaving = last or self.stop.reason is not None or self.step == config.train.stop_after_step
-        saving = leaving or self.step % config.checkpoint.every_steps == 0
-        if saving or last or self.step % config.logging.every_steps == 0:
+        logging_due = last or self.step % config.logging.every_steps == 0
+        saving_due = leaving or self.step % config.checkpoint.every_steps == 0
+        if logging_due or saving_due:
             self._refuse_non_finite(batch, loss, grad_norm)
-        if last or self.step % config.logging.every_steps == 0:
+        if logging_due:
             self._log(self._training_record(loss, grad_norm))
         if config.evaluation.every_steps and (last or self.step % config.evaluation.every_steps == 0):
             self._validate()
-        if saving:
+        if saving_due:
             self._save()
         self.directory.heartbeat(self.step)
 

@@ -7,8 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamatrain.errors import ConfigError
-from llamatrain.run_directory import PREEMPTED, RUNNING, RunDirectory, attempt_id, cut_lines, read_status
+from llamatrain.errors import ConfigError, UnhealthyRun
+from llamatrain.run_directory import (
+    PREEMPTED,
+    RUNNING,
+    UNHEALTHY,
+    RunDirectory,
+    attempt_id,
+    cut_lines,
+    read_status,
+    refuse_same_attempt,
+)
 
 
 def test_the_journal_survives_a_torn_last_line(tmp_path: Path) -> None:
@@ -67,6 +76,22 @@ def test_an_attempt_is_the_slurm_job_and_its_restarts(monkeypatch: pytest.Monkey
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     assert attempt_id() == "slurm-77-2" == attempt_id()
+
+
+def test_an_attempt_that_failed_is_not_repeated_and_a_new_one_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    refuse_same_attempt(tmp_path)
+    directory = RunDirectory(tmp_path)
+    directory.set_status(RUNNING, step=2)
+    refuse_same_attempt(tmp_path)
+    directory.set_status(UNHEALTHY, reason="loss is nan")
+    with pytest.raises(UnhealthyRun, match=r"ended as unhealthy \(loss is nan\)"):
+        refuse_same_attempt(tmp_path)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    refuse_same_attempt(tmp_path)
+    directory.close()
 
 
 @given(

@@ -1,0 +1,74 @@
+"""What users install: a wheel that carries its configuration, imports nothing heavy, refuses an old torch."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from llamatrain.distributed import check_environment
+from llamatrain.errors import ConfigError
+from tests.small_run import saved_steps
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def test_an_unsupported_torch_is_refused_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
+    with pytest.raises(ConfigError, match=r"torch 2\.9\.1\+cu128 is installed; llamatrain needs torch >= 2\.11"):
+        check_environment()
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+    check_environment()
+
+
+def test_xformers_fairscale_and_wandb_are_imported_only_when_used() -> None:
+    code = (
+        "import sys, llamatrain.trainer, llamatrain.generate; "
+        "sys.exit(', '.join({'xformers', 'fairscale', 'wandb', 'hydra.main'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def run(*arguments: str | Path, cwd: Path, python: Path) -> str:
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run([python, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_a_wheel_in_another_environment_trains_with_its_packaged_configuration(
+    tiny_dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    python = Path(sys.executable)
+    source = tmp_path / "source"
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, text=True)
+    for name in filter(None, tracked.stdout.split("\0")):  # a build must leave nothing in the tree
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes((REPOSITORY / name).read_bytes())
+    run("-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, source, cwd=tmp_path, python=python)
+    run("-m", "venv", tmp_path / "other", cwd=tmp_path, python=python)
+    other = tmp_path / "other" / "bin" / "python"
+    site = Path(run("-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path, python=other).strip())
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")  # all but llamatrain itself
+    wheel = next(tmp_path.glob("llamatrain-*.whl"))
+    run("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel, cwd=tmp_path, python=other)
+
+    where = run("-c", "import llamatrain.cli as c; print(c.config_directory())", cwd=tmp_path, python=other).strip()
+    assert Path(where) == site / "llamatrain" / "conf"
+    assert "name: llama_65b" in run(
+        "-m", "llamatrain.train", "experiment=paper_65b", "--cfg", "job", cwd=tmp_path, python=other
+    )
+    data = tiny_dataset("text", ["she sells sea shells on the sea shore. " * 9] * 20, tmp_path / "data")
+    run(
+        "-m", "llamatrain.train", "model=15m", "model.dim=32", "model.n_layers=1", "model.n_heads=2",
+        f"data.sources.text.path={data}", "data.seq_len=32", "train.steps=2", "train.global_batch_tokens=64",
+        "optim.warmup_steps=1", "train.device=cpu", cwd=tmp_path, python=other,
+    )  # fmt: skip
+    assert saved_steps(tmp_path / "runs" / "llama") == [2]
+    assert "decode" in run("-m", "data_tools.tokenize_shards", "--help", cwd=tmp_path, python=other)
