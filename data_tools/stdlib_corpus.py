@@ -167,7 +167,7 @@ def _print_summary(output: Path, files: dict[str, list[dict[str, str]]], counts:
 
 
 def main() -> None:
-    run_command(StdlibCorpusSettings, "data_tools/stdlib_corpus", stdlib_corpus, help_text=f"{__doc__}\n$CONFIG")
+    run_command(StdlibCorpusSettings, "data_tools/stdlib_corpus", stdlib_corpus, help_text=__doc__)
 
 
 if __name__ == "__main__":

@@ -376,7 +376,7 @@ def _print_summary(manifest: Manifest) -> None:
 
 
 def main() -> None:
-    run_command(TokenizeShardsSettings, "data_tools/tokenize_shards", tokenize_shards, help_text=f"{__doc__}\n$CONFIG")
+    run_command(TokenizeShardsSettings, "data_tools/tokenize_shards", tokenize_shards, help_text=__doc__)
 
 
 if __name__ == "__main__":

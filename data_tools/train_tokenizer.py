@@ -279,7 +279,7 @@ def train_tokenizer(settings: TrainTokenizerSettings) -> None:
 
 
 def main() -> None:
-    run_command(TrainTokenizerSettings, "data_tools/train_tokenizer", train_tokenizer, help_text=f"{__doc__}\n$CONFIG")
+    run_command(TrainTokenizerSettings, "data_tools/train_tokenizer", train_tokenizer, help_text=__doc__)
 
 
 if __name__ == "__main__":

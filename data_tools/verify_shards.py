@@ -179,7 +179,7 @@ def _counts_problems(manifest: Manifest) -> list[str]:
 
 
 def main() -> None:
-    run_command(VerifyShardsSettings, "data_tools/verify_shards", verify_shards, help_text=f"{__doc__}\n$CONFIG")
+    run_command(VerifyShardsSettings, "data_tools/verify_shards", verify_shards, help_text=__doc__)
 
 
 if __name__ == "__main__":

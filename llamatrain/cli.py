@@ -54,12 +54,11 @@ complete -o nospace -o default -o bashdefault -F _llamatrain_complete python pyt
 """
 
 
-def run_command(
-    schema: type[T], config_name: str, function: Callable[[T], None], *, help_text: str | None = None
-) -> None:
+def run_command(schema: type[T], config_name: str, function: Callable[[T], None], *, help_text: str | None) -> None:
     """Compose conf/<config_name>.yaml with the command line into `schema`, call `function`, exit with its status.
 
-    The groups to choose from are the folders beside that file. A LlamatrainError is printed as one line (with the
+    The groups to choose from are the folders beside that file; without any, --help shows the file itself below
+    `help_text`. A LlamatrainError is printed as one line (with the
     traceback if LLAMATRAIN_TRACEBACK=1) and sets the exit code; any other exception is a defect and shows its
     traceback. Under --multirun each job gets a run directory of its own, named by what the sweep changes.
     """
@@ -69,7 +68,7 @@ def run_command(
         return
     store = ConfigStore.instance()
     store.store(name="defaults", node=OmegaConf.create(asdict(schema())))  # type: ignore[call-overload]
-    store.store(group="hydra/help", name="llamatrain", node=_help(config_name, help_text or function.__doc__ or ""))
+    store.store(group="hydra/help", name="llamatrain", node=_help(config_name, help_text or ""))
     directory = (config_directory() / config_name).parent
     sys.argv[1:] = command_line(sys.argv[1:], groups={path.name for path in directory.iterdir() if path.is_dir()})
     swept = {argument.partition("=")[0].lstrip("+") for argument in sys.argv[1:] if is_sweep(argument)}
@@ -153,11 +152,14 @@ def plain_values(composed: DictConfig, swept: set[str]) -> dict[str, Any]:
 
 
 def _help(config_name: str, text: str) -> dict[str, str]:
+    settings = (config_directory() / f"{config_name}.yaml").read_text(encoding="utf-8")
+    if "defaults:" not in settings:
+        text = f"{text.strip()}\n\n{settings}"
     return {
         "app_name": f"llamatrain {config_name}",
         "header": "",
         "footer": "",
-        "template": text.strip().replace("$", "$$").replace("$$CONFIG", "$CONFIG") + "\n",
+        "template": text.strip().replace("$", "$$") + "\n",
     }
 
 

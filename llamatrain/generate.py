@@ -1,9 +1,7 @@
 """Write on from a prompt with a checkpoint of a run.
 
-    python -m llamatrain.generate checkpoint=RUN_OR_STEP_DIRECTORY prompt="Once upon a time"
-    python -m llamatrain.generate checkpoint=… 'prompt=["Once upon a time","The moon"]' temperature=0
-
-Settings: max_new_tokens, temperature, top_p, seed, device, precision (llamatrain/config/generate.py).
+python -m llamatrain.generate checkpoint=RUN_OR_STEP_DIRECTORY prompt="Once upon a time"
+python -m llamatrain.generate checkpoint=… 'prompt=["Once upon a time","The moon"]' temperature=0
 """
 
 from llamatrain.cli import run_command

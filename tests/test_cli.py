@@ -1,5 +1,6 @@
 """The command line as a user meets it, in processes of its own."""
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -12,9 +13,14 @@ import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from data_tools.stdlib_corpus import StdlibCorpusSettings
+from data_tools.tokenize_shards import TokenizeShardsSettings
+from data_tools.train_tokenizer import TrainTokenizerSettings
+from data_tools.verify_shards import VerifyShardsSettings
 from llamatrain.cli import command_line
 from llamatrain.config import RunConfig, validate
 from llamatrain.config.build import build
+from llamatrain.config.generate import GenerateConfig
 from tests.small_run import saved_steps, status
 
 REPOSITORY = Path(__file__).parent.parent
@@ -120,6 +126,30 @@ def test_help_fits_two_screens_and_names_what_a_newcomer_needs(tmp_path: Path) -
         "experiment=",
     ):
         assert word in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "schema"),
+    [
+        ("commands/generate", GenerateConfig),
+        ("data_tools/train_tokenizer", TrainTokenizerSettings),
+        ("data_tools/tokenize_shards", TokenizeShardsSettings),
+        ("data_tools/verify_shards", VerifyShardsSettings),
+        ("data_tools/stdlib_corpus", StdlibCorpusSettings),
+    ],
+)
+def test_a_commands_file_lists_every_setting_with_its_default(name: str, schema: type) -> None:
+    values = yaml.safe_load((REPOSITORY / "conf" / f"{name}.yaml").read_text())
+    assert build(schema, values) == schema()
+    assert set(values) == {field.name for field in dataclasses.fields(schema)}
+
+
+@pytest.mark.parametrize("group", ["data", "train", "optim", "checkpoint", "logging", "evaluation"])
+def test_a_groups_default_file_is_that_of_its_dataclass(group: str) -> None:
+    path = REPOSITORY / "conf" / group / ("adamw.yaml" if group == "optim" else "default.yaml")
+    values = yaml.safe_load(path.read_text())
+    assert getattr(build(RunConfig, {group: values}), group) == getattr(RunConfig(), group)
+    assert set(values) == {field.name for field in dataclasses.fields(getattr(RunConfig(), group))}
 
 
 def test_flags_and_overrides_may_stand_in_any_order() -> None:

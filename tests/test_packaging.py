@@ -71,4 +71,4 @@ def test_a_wheel_in_another_environment_trains_with_its_packaged_configuration(
         "optim.warmup_steps=1", "train.device=cpu", cwd=tmp_path, python=other,
     )  # fmt: skip
     assert saved_steps(tmp_path / "runs" / "llama") == [2]
-    assert "decode" in run("-m", "data_tools.tokenize_shards", "--help", cwd=tmp_path, python=other)
+    assert "before every document" in run("-m", "data_tools.tokenize_shards", "--help", cwd=tmp_path, python=other)
