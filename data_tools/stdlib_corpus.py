@@ -32,6 +32,7 @@ CODE_FILE, DOCS_FILE = "code.jsonl.zst", "docs.jsonl.zst"
 SKIPPED_DIRECTORIES = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 BUILD_PREFIXES = ("_sysconfigdata", "config-")  # written by the build: they differ from machine to machine
 TOPICS_FILE = "pydoc_data/topics.py"  # its text is documentation, so it is no code here
+GENERATED_MARK = "with gencodec.py"  # what the character tables of `encodings` say of themselves: no one wrote them
 COMPRESSION_LEVEL = 9
 LARGEST_SHOWN = 5
 
@@ -94,6 +95,9 @@ def _read_sources(library: Path, counts: Counter[str]) -> Iterator[SourceFile]:
             continue
         if not text:
             counts["files empty, left out"] += 1
+            continue
+        if GENERATED_MARK in text[:300]:
+            counts["generated character tables, left out"] += 1
             continue
         yield SourceFile(name, text)
 

@@ -484,6 +484,7 @@ def small_library(tmp_path: Path) -> Path:
         "latin.py": None,
         "broken.py": "def (:\n",
         "empty.py": "",
+        "encodings/cp1.py": '""" Codec cp1 generated from \'CP1.TXT\' with gencodec.py. """\nx = "left out"\n',
         "test/test_beta.py": "left out",
         "alpha/tests/t.py": "left out",
         "site-packages/other.py": "left out",
