@@ -62,6 +62,10 @@ def test_plain_values_become_the_dataclasses_and_back() -> None:
         ({"data": {"sources": {"a": SourceConfig("x", 0)}}}, r"every data\.sources\.\*\.weight is 0"),
         ({"data": {"sources": {"a": SourceConfig("x", -1)}}}, r"data\.sources\.a\.weight=-1"),
         ({"data": {"sources": {"a": SourceConfig()}}}, r"data\.sources\.a\.path is not set"),
+        (
+            {"data": {"sources": {"web": SourceConfig("x"), "wbe": SourceConfig(weight=2.0)}}},
+            r"data\.sources\.wbe\.path is not set.*a weight must name one of the sources, web",
+        ),
         ({"data": {"seq_len": 4096}}, r"model\.max_seq_len=2048.*model\.max_seq_len=4096"),
         ({"train": {"steps": None}}, r"one of train\.steps=N and train\.tokens=N"),
         ({"train": {"tokens": 5}}, r"one of train\.steps=N and train\.tokens=N"),

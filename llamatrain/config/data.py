@@ -39,7 +39,9 @@ def check_data(data: DataConfig) -> None:
         if not name.replace("_", "").replace("-", "").isalnum():
             raise ConfigError(f"data.sources.{name}: a source's name may hold letters, digits, - and _ only")
         if source.path in ("", "???"):
-            raise ConfigError(f"data.sources.{name}.path is not set: data.sources.{name}.path=DIRECTORY")
+            others = [other for other, given in data.sources.items() if given.path not in ("", "???")]
+            hint = f"; a weight must name one of the sources, {', '.join(others)}" if others else ""
+            raise ConfigError(f"data.sources.{name}.path is not set: data.sources.{name}.path=DIRECTORY{hint}")
         if not 0 <= source.weight < float("inf"):
             raise ConfigError(f"data.sources.{name}.weight={source.weight}: must be a number of at least 0")
     if not any(source.weight > 0 for source in data.sources.values()):
