@@ -36,7 +36,7 @@ bench: $(INSTALLED)
 	$(RUN) -m tests.benchmarks.bench_loader
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs/demo runs/demo-data
+	rm -rf $(filter-out none,$(VENV)) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs/demo runs/demo-data
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -48,10 +48,10 @@ from llamatrain.data.shards import (
 )
 from llamatrain.errors import ConfigError, DataError
 from llamatrain.files import write_bytes_atomically, write_json_atomically
-from llamatrain.tokenizer import Tokenizer
+from llamatrain.tokenizer import TOKENIZER_FILE, Tokenizer
 from llamatrain.version import VERSION
 
-PROGRESS_FILE, TOKENIZER_FILE = "progress.json", "tokenizer.model"
+PROGRESS_FILE = "progress.json"
 SHARD_FILE = re.compile(r"(train|validation)-\d{5,}\.(bin|idx)")
 LEFT_OVER = re.compile(
     r"\.((train|validation)-\d{5,}\.(bin|idx)|(progress\.json|dataset\.json|tokenizer\.model)\.\d+)\.tmp"

@@ -31,8 +31,9 @@ from data_tools.documents import (
 from llamatrain.cli import run_command
 from llamatrain.errors import ConfigError, DataError
 from llamatrain.files import sha256_of_file, write_bytes_atomically, write_json_atomically
+from llamatrain.tokenizer import TOKENIZER_FILE
 
-MODEL_FILE, RECORD_FILE = "tokenizer.model", "tokenizer.json"
+RECORD_FILE = "tokenizer.json"
 MAX_LINE_BYTES = 4192  # SentencePiece skips longer ones
 RESERVED = re.compile("[\0\u2585]")  # SentencePiece skips lines that hold one of these
 # The trainer spec inside LLaMA's tokenizer.model, but for its 80 threads: their number changes the bytes of
@@ -221,7 +222,7 @@ def _explained(message: str, settings: TrainTokenizerSettings) -> DataError:
 
 def _is_there_already(directory: Path, identity: dict[str, Any], *, overwrite: bool) -> bool:
     """True: the same tokenizer is there. Raises DataError when another one is, unless it may be replaced."""
-    model, record = directory / MODEL_FILE, directory / RECORD_FILE
+    model, record = directory / TOKENIZER_FILE, directory / RECORD_FILE
     if not model.exists():
         return False
     found = _read_record(record)
@@ -262,7 +263,7 @@ def train_tokenizer(settings: TrainTokenizerSettings) -> None:
     }
     directory = Path(settings.output)
     if _is_there_already(directory, identity, overwrite=settings.overwrite):
-        print(f"{directory / MODEL_FILE}: the tokenizer of these settings and inputs is there already")
+        print(f"{directory / TOKENIZER_FILE}: the tokenizer of these settings and inputs is there already")
         return
     lines, counts = _sample_corpus(Corpus(files, options), settings)
     if not lines:
@@ -270,12 +271,15 @@ def train_tokenizer(settings: TrainTokenizerSettings) -> None:
     for name, value in asdict(counts).items():
         print(f"{name:>18} {value:>16,}")
     print(f"training {settings.vocab_size} pieces on {counts.sampled_bytes:,} bytes", flush=True)
-    model = _train(lines, settings)
-    directory.mkdir(parents=True, exist_ok=True)
-    write_bytes_atomically(directory / MODEL_FILE, model)
-    record = {**identity, "sha256": sha256_of_file(directory / MODEL_FILE), "counts": asdict(counts)}
-    write_json_atomically(directory / RECORD_FILE, record)
-    print(f"wrote {directory / MODEL_FILE}")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)  # before the work: it may be refused
+        model = _train(lines, settings)
+        write_bytes_atomically(directory / TOKENIZER_FILE, model)
+        record = {**identity, "sha256": sha256_of_file(directory / TOKENIZER_FILE), "counts": asdict(counts)}
+        write_json_atomically(directory / RECORD_FILE, record)
+    except OSError as error:
+        raise DataError(f"{directory}: cannot be written ({error.strerror})") from None
+    print(f"wrote {directory / TOKENIZER_FILE}")
 
 
 def main() -> None:

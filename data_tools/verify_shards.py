@@ -24,10 +24,10 @@ from llamatrain.data.shards import (
 )
 from llamatrain.errors import ConfigError, DataError
 from llamatrain.files import sha256_of_file
+from llamatrain.tokenizer import TOKENIZER_FILE
 
 CHUNK_BYTES = 1 << 24
 CHUNK_DOCUMENTS = 1 << 20
-TOKENIZER_FILE = "tokenizer.model"
 
 
 @dataclass

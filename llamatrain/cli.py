@@ -23,12 +23,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
-from llamatrain.config.build import build
+from llamatrain.config.build import build, text_keys
 from llamatrain.errors import ConfigError, LlamatrainError
 
 T = TypeVar("T")
+
+INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
 
 # Hydra is to compose and nothing else: no output folders, no change of directory, no logging of its own.
 QUIET = [
@@ -70,7 +72,8 @@ def run_command(schema: type[T], config_name: str, function: Callable[[T], None]
     store.store(name="defaults", node=OmegaConf.create(asdict(schema())))  # type: ignore[call-overload]
     store.store(group="hydra/help", name="llamatrain", node=_help(config_name, help_text or ""))
     directory = (config_directory() / config_name).parent
-    sys.argv[1:] = command_line(sys.argv[1:], groups={path.name for path in directory.iterdir() if path.is_dir()})
+    groups = {path.name for path in directory.iterdir() if path.is_dir()}
+    sys.argv[1:] = command_line(sys.argv[1:], groups=groups, texts=text_keys(schema))
     swept = {argument.partition("=")[0].lstrip("+") for argument in sys.argv[1:] if is_sweep(argument)}
 
     def job(composed: DictConfig) -> None:
@@ -78,6 +81,12 @@ def run_command(schema: type[T], config_name: str, function: Callable[[T], None]
             function(build(schema, plain_values(composed, swept)))
         except LlamatrainError as error:
             _fail(str(error), error.exit_code)
+        except InterpolationKeyError as error:
+            hint = r"${…} means another setting; write \${…} for the characters themselves"
+            _fail(f"{str(error).splitlines()[0]}: {hint}", ConfigError.exit_code)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(INTERRUPTED)
 
     try:
         hydra.main(version_base="1.3", config_path=str(directory), config_name=Path(config_name).name)(job)()
@@ -87,8 +96,8 @@ def run_command(schema: type[T], config_name: str, function: Callable[[T], None]
         override = (error.override or "").lstrip("+")
         _fail(f"{override}: cannot be understood; write it as key=value", ConfigError.exit_code)
     except (HydraException, OmegaConfBaseException) as error:
-        reason = str(error.__cause__ or error).split("\n")[0]
-        _fail(f"{str(error).splitlines()[0]} ({reason})", ConfigError.exit_code)
+        causes = dict.fromkeys(str(e).splitlines()[0] for e in (error, error.__cause__) if e is not None)
+        _fail(": ".join(causes), ConfigError.exit_code)
 
 
 def config_directory() -> Path:
@@ -98,8 +107,12 @@ def config_directory() -> Path:
     return installed if installed.is_dir() else package.parent / "conf"
 
 
-def command_line(arguments: list[str], *, groups: set[str]) -> list[str]:
-    """Flags first, then Hydra's own settings, then overrides as forced ones; choices of a group stay as they are."""
+def command_line(arguments: list[str], *, groups: set[str], texts: set[str]) -> list[str]:
+    """Flags first, then Hydra's own settings, then overrides as forced ones; choices of a group stay as they are.
+
+    Values of the settings in `texts` are texts even if they look like numbers, and so is what Hydra's grammar does
+    not take.
+    """
     if any(argument in ("-sc", "--shell-completion") for argument in arguments):
         return arguments
     sweeping = any(argument in ("-m", "--multirun") for argument in arguments)
@@ -108,7 +121,10 @@ def command_line(arguments: list[str], *, groups: set[str]) -> list[str]:
     for argument in arguments:
         key, equals, value = argument.partition("=")
         plain_override = re.fullmatch(r"[A-Za-z_][\w.\-]*", key) and equals
-        if plain_override and not (_is_understood(argument) and (sweeping or not is_sweep(argument))):
+        looks_plain = _is_understood(argument) and not (
+            is_sweep(argument) or (key in texts and value != "null" and value[:1] not in "'\"[")
+        )
+        if plain_override and not looks_plain and not (sweeping and is_sweep(argument)):
             argument = f"{key}={_quoted(value)}"
         if plain_override and key not in groups and key.partition(".")[0] != "hydra":
             argument = f"++{argument}"
@@ -169,7 +185,7 @@ def _missing_option(error: MissingConfigException) -> str:
     options = error.options or []
     if not group or not options:
         return str(error).splitlines()[0]
-    nearest = difflib.get_close_matches(option, options, n=1)
+    nearest = difflib.get_close_matches(option.lower(), options, n=1)
     hint = f"did you mean {group}={nearest[0]}? " if nearest else ""
     return f"{group}={option}: there is no such choice; {hint}conf/{group} has {', '.join(options)}"
 

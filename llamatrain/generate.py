@@ -14,13 +14,11 @@ def run(settings: GenerateConfig) -> None:
     from llamatrain.checkpoint.store import load_model_for_inference
     from llamatrain.distributed import PRECISIONS, choose_device, choose_precision
     from llamatrain.model.generation import generate
-    from llamatrain.tokenizer import Tokenizer
 
     assert settings.checkpoint is not None  # checked above
     device = choose_device(settings.device)
     dtype = PRECISIONS[choose_precision(settings.precision, device)]
-    model, _, tokenizer_path = load_model_for_inference(settings.checkpoint, device, compute_dtype=dtype)
-    tokenizer = Tokenizer(tokenizer_path)
+    model, tokenizer = load_model_for_inference(settings.checkpoint, device, compute_dtype=dtype)
     prompts = [tokenizer.encode(text, bos=True) for text in settings.prompts]
     continuations = generate(
         model,
@@ -29,6 +27,7 @@ def run(settings: GenerateConfig) -> None:
         temperature=settings.temperature,
         top_p=settings.top_p,
         eos_id=tokenizer.eos_id,
+        vocab_size=tokenizer.vocab_size,
         seed=settings.seed,
     )
     for prompt, continuation in zip(prompts, continuations, strict=True):

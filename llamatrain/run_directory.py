@@ -19,18 +19,23 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from llamatrain.errors import ConfigError, UnhealthyRun
-from llamatrain.files import fsync_path, write_bytes_atomically, write_json_atomically
+from llamatrain.files import fsync_path, write_json_atomically
 
 STATUS_VERSION = 1
 RUNNING, DONE, PREEMPTED, UNHEALTHY, BAD_INPUT = "running", "done", "preempted", "unhealthy", "bad_input"
 HEARTBEAT_S = 10.0
+PROCESS_ID = uuid.uuid4().hex[:12]
 
 
 def attempt_id() -> str:
-    """What tells one launch from the next: (SLURM job, restart count), or an id made for this process."""
+    """What tells one launch from the next.
+
+    (SLURM job, restart count); or LLAMATRAIN_ATTEMPT, which a launcher that restarts workers sets once; or an id of
+    this process.
+    """
     if job := os.environ.get("SLURM_JOB_ID"):
         return f"slurm-{job}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
-    return f"launch-{uuid.uuid4().hex[:12]}"
+    return os.environ.get("LLAMATRAIN_ATTEMPT") or f"process-{PROCESS_ID}"
 
 
 class RunDirectory:
@@ -51,8 +56,14 @@ class RunDirectory:
             ) from None
         self.attempt = attempt_id()
         self._last_heartbeat = 0.0
-        self._step = 0
+        earlier = read_status(self.path)
+        self.was_done = earlier is not None and earlier["state"] == DONE
+        self._step = earlier["step"] if earlier else 0
         self._journal = self._open_journal()
+
+    @property
+    def _journal_path(self) -> Path:
+        return self.path / "journal.jsonl"
 
     @property
     def checkpoints(self) -> Path:
@@ -71,9 +82,11 @@ class RunDirectory:
         self._lock.close()
 
     def _open_journal(self) -> TextIO:
-        path = self.path / "journal.jsonl"
-        cut_lines(path, lambda record: True)
-        return open(path, "a", encoding="utf-8")
+        try:
+            cut_lines(self._journal_path, lambda record: "event" in record)
+            return open(self._journal_path, "a", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{self._journal_path}: cannot be written ({error.strerror})") from None
 
     def record(self, event: str, **fields: Any) -> None:
         """Append one event to the journal; it is on disk when this returns."""
@@ -84,7 +97,7 @@ class RunDirectory:
 
     def events(self, event: str) -> list[dict[str, Any]]:
         """All journal entries of one kind, oldest first."""
-        lines = (self.path / "journal.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = self._journal_path.read_text(encoding="utf-8").splitlines()
         return [entry for entry in map(json.loads, lines) if entry["event"] == event]
 
     def set_status(self, state: str, *, step: int | None = None, reason: str | None = None) -> None:
@@ -104,22 +117,26 @@ class RunDirectory:
         write_json_atomically(self.path / "status.json", status)
 
     def heartbeat(self, step: int) -> None:
-        """Say that the run is alive; writes at most every HEARTBEAT_S seconds."""
+        """Say that the run is alive and at `step`; writes at most every HEARTBEAT_S seconds."""
+        self._step = step
         if time.monotonic() - self._last_heartbeat >= HEARTBEAT_S:
-            self.set_status(RUNNING, step=step)
+            self.set_status(RUNNING)
 
-    def write_once(self, path: Path, content: bytes) -> None:
-        """Write a file of the run unless it is there."""
-        if not path.exists():
-            write_bytes_atomically(path, content)
+    def refuse(self, reason: str) -> None:
+        """Set the status to bad_input; a run that is done stays done, whatever was typed after it."""
+        if not self.was_done:
+            self.set_status(BAD_INPUT, reason=reason)
 
 
 def read_status(path: str | Path) -> dict[str, Any] | None:
     """The status of the run in a folder, or None if nothing ever ran there."""
+    file = Path(path) / "status.json"
     try:
-        status: dict[str, Any] = json.loads((Path(path) / "status.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        status: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except (OSError, ValueError) as error:
+        raise UnhealthyRun(f"{file}: cannot be read ({error}); look what happened there, then remove it") from None
     return status
 
 
@@ -133,22 +150,31 @@ def refuse_same_attempt(path: str | Path) -> None:
         raise UnhealthyRun(f"{path}: this attempt ended as {status['state']} ({status['reason']}); start a new one")
 
 
-def cut_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Keep the leading lines of a JSON-lines file for which `keep` holds; a torn last line is dropped too.
+def note_refusal(path: str | Path, reason: str) -> None:
+    """Set the status of a run that exists, and in which nobody works, to bad_input."""
+    if read_status(path) is not None:
+        directory = RunDirectory(path)
+        directory.refuse(reason)
+        directory.close()
 
-    The file is cut, not rewritten: a crash leaves the old length or the new one.
+
+def cut_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Keep the leading records of a JSON-lines file for which `keep` holds; a torn last line is dropped too.
+
+    The file is cut, not rewritten: a crash leaves the old length or the new one. Raises UnhealthyRun for a whole
+    line that is no record, which no crash of a run leaves behind.
     """
     if not path.exists():
         return
     length = 0
     with open(path, "rb") as file:
-        for line in file:
+        for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 break
             try:
-                kept = keep(json.loads(line))
-            except ValueError:
-                break
+                kept = keep(dict(json.loads(line)))
+            except (ValueError, TypeError, KeyError):
+                raise UnhealthyRun(f"{path}, line {number}: not a record; repair or remove the line") from None
             if not kept:
                 break
             length += len(line)

@@ -10,6 +10,7 @@ import sentencepiece
 
 from llamatrain.errors import DataError
 
+TOKENIZER_FILE = "tokenizer.model"  # its name in data sets and run directories
 SPACE_MARK = "\u2581"  # what SentencePiece writes for a space; a text that holds it cannot be told from one with spaces
 
 
@@ -36,8 +37,11 @@ class Tokenizer:
             raise DataError(f"{path}: the tokenizer has no BOS or no EOS token")
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
-        """Token ids of a text."""
-        ids: list[int] = self._processor.encode(text)
+        """Token ids of a text. Raises DataError for what no UTF-8 text can hold (lone surrogates)."""
+        try:
+            ids: list[int] = self._processor.encode(text)
+        except RuntimeError:
+            raise DataError(f"{text!r}: not valid Unicode text") from None
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -29,21 +29,30 @@ Exit status: 0 done, or stopped in order (status.json says which) - 2 bad config
 - 3 unhealthy: somebody has to look - 1 a crash. LLAMATRAIN_TRACEBACK=1 shows where an error came from.
 """
 
+import sys
+
 from llamatrain.cli import run_command
 from llamatrain.config import RunConfig, validate
+from llamatrain.errors import ConfigError
 from llamatrain.resilience.control import StopRequest
-from llamatrain.run_directory import refuse_same_attempt
+from llamatrain.run_directory import note_refusal, refuse_same_attempt
 
 
 def train(config: RunConfig) -> None:
     """Check the configuration, then train; signals are caught before torch, which takes seconds to import."""
-    validate(config)
+    try:
+        validate(config)
+    except ConfigError as error:
+        note_refusal(config.run_dir, str(error))
+        raise
     refuse_same_attempt(config.run_dir)
     stop = StopRequest()
     stop.install()
     from llamatrain.trainer import run
 
     run(config, stop)
+    if stop.reason is not None:
+        sys.exit(0)  # the rest of a sweep is to stop too
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,13 @@ import torch
 import yaml
 from torch import Tensor
 
-from llamatrain.checkpoint import commit, store
+from llamatrain.checkpoint import commit
 from llamatrain.config import RunConfig
 from llamatrain.config.build import build
 from llamatrain.config.resume import differences, keep_auto_choices
 from llamatrain.data.loader import Batch, Loader
 from llamatrain.data.order import DataState, SampleOrder, describe_rounding, round_weights
-from llamatrain.data.sources import Source, open_sources
+from llamatrain.data.sources import Source, check_tokenizers, open_sources
 from llamatrain.distributed import (
     PRECISIONS,
     be_deterministic,
@@ -35,6 +35,7 @@ from llamatrain.distributed import (
 )
 from llamatrain.errors import CheckpointError, ConfigError, DataError, UnhealthyRun
 from llamatrain.evaluation.validation import Validation
+from llamatrain.files import write_bytes_atomically
 from llamatrain.model.attention import resolve_backend
 from llamatrain.model.init import init_weights
 from llamatrain.model.llama import Llama
@@ -42,11 +43,12 @@ from llamatrain.model.loss import cross_entropy_sum
 from llamatrain.observe.records import MetricsLog, Record
 from llamatrain.observe.sinks import Console, Sink, Wandb, duration
 from llamatrain.observe.throughput import Throughput
-from llamatrain.optim.adamw import build_adamw, moment_tensors, set_learning_rate, set_step_count, step_count
+from llamatrain.optim.adamw import build_adamw, set_learning_rate
 from llamatrain.optim.schedule import learning_rate
 from llamatrain.resilience.control import StopRequest
-from llamatrain.run_directory import BAD_INPUT, DONE, PREEMPTED, RUNNING, UNHEALTHY, RunDirectory
-from llamatrain.tokenizer import Tokenizer
+from llamatrain.run_directory import DONE, PREEMPTED, RUNNING, UNHEALTHY, RunDirectory
+from llamatrain.snapshots import Snapshots
+from llamatrain.tokenizer import TOKENIZER_FILE, Tokenizer
 
 log = logging.getLogger("llamatrain")
 
@@ -54,14 +56,13 @@ log = logging.getLogger("llamatrain")
 def run(config: RunConfig, stop: StopRequest) -> None:
     """Train to the end, or until asked to stop; the run directory says which. Raises LlamatrainError."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-    check_environment()
     directory = RunDirectory(config.run_dir)
     try:
-        directory.set_status(RUNNING, step=0, reason="starting")
+        check_environment()
         with ExitStack() as resources:
             Trainer(settle(config, directory), directory, stop, resources).fit()
     except (ConfigError, DataError) as error:
-        directory.set_status(BAD_INPUT, reason=str(error))
+        directory.refuse(str(error))
         raise
     except (CheckpointError, UnhealthyRun) as error:
         directory.set_status(UNHEALTHY, reason=str(error))
@@ -76,19 +77,27 @@ def run(config: RunConfig, stop: StopRequest) -> None:
 def settle(config: RunConfig, directory: RunDirectory) -> RunConfig:
     """The configuration with every `auto` decided: as at the run's start, or now, if this is the start.
 
-    Writes config.yaml at the start; later says what differs from it. Raises ConfigError on a structural change.
+    A run has started when its first checkpoint is there: until then, settings are free to be corrected. Says what
+    differs from the start. Raises ConfigError on a structural change.
     """
-    if directory.config.exists():
-        earlier = build(RunConfig, yaml.safe_load(directory.config.read_text(encoding="utf-8")))
+    if directory.config.exists() and directory.events("checkpoint"):
+        earlier = started_with(directory.config)
         config = keep_auto_choices(config, earlier)
         for key, (old, new) in differences(config, earlier).items():
             log.info("%s was %s when the run started, is %s from here on", key, old, new)
     device = choose_device(config.train.device)
     train = replace(config.train, device=device.type, precision=choose_precision(config.train.precision, device))
     model = replace(config.model, attention=resolve_backend(config.model.attention, device))
-    config = replace(config, train=train, model=model)
-    directory.write_once(directory.config, yaml.safe_dump(config.as_dict(), sort_keys=False).encode())
-    return config
+    return replace(config, train=train, model=model)
+
+
+def started_with(path: Path) -> RunConfig:
+    """The configuration in a run's config.yaml. Raises ConfigError naming the file."""
+    try:
+        return build(RunConfig, yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+    except (OSError, yaml.YAMLError, ConfigError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path}: not the configuration this program wrote there ({reason}); restore it") from None
 
 
 class Trainer:
@@ -99,18 +108,19 @@ class Trainer:
         self.directory = directory
         self.stop = stop
         self.device = torch.device(config.train.device)
+        torch.manual_seed(config.train.seed)  # nothing in training draws from it; checkpoints hold its state
         if config.train.deterministic:
             be_deterministic()
-        self.environment = describe_environment(self.device)
+        environment = describe_environment(self.device)
         self.tokenizer, self.sources = self._open_data()
         self.model, self.optimizer = self._build_model()
-        self.step = 0
-        self.saved_step: int | None = None
-        weights = {name: source.weight for name, source in config.data.sources.items()}
-        log.info(describe_rounding(weights))
-        self.data_state = DataState.start(round_weights(weights))
-        resumed = self._restore()
-        if resumed is None:
+        self.snapshots = Snapshots(
+            config, directory, self.model, self.optimizer, self.sources, environment, self.device
+        )
+        restored = self.snapshots.restore()
+        self.step, self.data_state = restored or (0, DataState.start(self._mixture()))
+        self.saved_step = self.step if restored else None
+        if restored is None:
             init_weights(self.model, config.model, seed=config.train.seed)
         self.order = SampleOrder(
             [source.name for source in self.sources],
@@ -119,29 +129,38 @@ class Trainer:
             segments=self.data_state.segments,
         )
         self.validation = Validation(config, self.sources, self.tokenizer, self.device)
-        self.metrics = MetricsLog(directory.metrics, resumed_step=resumed)
+        self.metrics = MetricsLog(directory.metrics, resumed_step=self.saved_step)
         resources.callback(self.metrics.close)
         self.sinks = self._open_sinks(resources)
         self.throughput = Throughput(config, device_name=device_name(self.device), world_size=1)
-        directory.record(
-            "start",
-            step=self.step,
-            resumed_from=resumed,
-            config=config.as_dict(),
-            environment=self.environment,
-        )
+        self._record_start(environment, resumed_from=self.saved_step)
 
     # ------------------------------------------------------------------ composition
 
     def _open_data(self) -> tuple[Tokenizer, list[Source]]:
         data = self.config.data
-        first = next(source for source in data.sources.values() if source.weight > 0)
-        tokenizer = Tokenizer(data.tokenizer or Path(first.path) / store.TOKENIZER_FILE)
-        sources = open_sources(data, vocab_size=self.config.model.vocab_size, tokenizer_sha256=tokenizer.sha256)
+        sources = open_sources(data, vocab_size=self.config.model.vocab_size)
+        tokenizer = Tokenizer(data.tokenizer or sources[0].manifest.directory / TOKENIZER_FILE)
+        check_tokenizers(sources, tokenizer.sha256)
         for source in sources:
             log.info(source.describe())
-        self.directory.write_once(self.directory.path / store.TOKENIZER_FILE, tokenizer.path.read_bytes())
         return tokenizer, sources
+
+    def _mixture(self) -> dict[str, int]:
+        weights = {name: source.weight for name, source in self.config.data.sources.items()}
+        log.info(describe_rounding(weights))
+        return round_weights(weights)
+
+    def _record_start(self, environment: dict[str, Any], *, resumed_from: int | None) -> None:
+        directory, config = self.directory, self.config.as_dict()
+        contents = {
+            directory.config: yaml.safe_dump(config, sort_keys=False).encode(),
+            directory.path / TOKENIZER_FILE: self.tokenizer.path.read_bytes(),
+        }
+        for path, content in contents.items():
+            if resumed_from is None or not path.exists():
+                write_bytes_atomically(path, content)
+        directory.record("start", step=self.step, resumed_from=resumed_from, config=config, environment=environment)
 
     def _build_model(self) -> tuple[Llama, torch.optim.AdamW]:
         config = self.config
@@ -172,10 +191,9 @@ class Trainer:
         """Train from the step reached to the last one; validate, log and save on the way."""
         config = self.config
         self.directory.set_status(RUNNING, step=self.step)
+        self._validate_if_due()
         if self._finished():
             return
-        if self.step == 0 and config.evaluation.every_steps:
-            self._validate()
         loader = Loader(
             self.sources,
             self.order,
@@ -192,8 +210,6 @@ class Trainer:
         with loader:
             for batch in loader:
                 loss, grad_norm = self.train_step(batch)
-                self.step += 1
-                self.data_state = batch.state_after
                 self.throughput.step_done(data_wait_s=batch.data_wait_s)
                 self._after_step(batch, loss, grad_norm)
                 if self._finished():
@@ -201,16 +217,18 @@ class Trainer:
         log.info("%d steps in %s", self.step - first, duration(time.monotonic() - started))
 
     def train_step(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """One update: the batch's gradient, clipped, through AdamW. Nothing is read back to the host.
+        """The next update: the batch's gradient, clipped, through AdamW. Nothing is read back to the host.
 
         Returns the loss and the gradient's norm before clipping, fp32 scalars on the device.
         """
         loss = self.accumulate_gradients(batch)
         clip_norm = self.config.optim.clip_norm or math.inf
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip_norm)
-        set_learning_rate(self.optimizer, self._learning_rate(self.step + 1))
+        self.step += 1
+        set_learning_rate(self.optimizer, self._learning_rate())
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.data_state = batch.state_after
         return loss, grad_norm
 
     def accumulate_gradients(self, batch: Batch) -> Tensor:
@@ -227,43 +245,61 @@ class Trainer:
             loss += micro_loss.detach()
         return loss
 
-    def _learning_rate(self, step: int) -> float:
-        return learning_rate(step, self.config.optim, schedule_steps=self.config.schedule_steps)
+    def _learning_rate(self) -> float:
+        return learning_rate(self.step, self.config.optim, schedule_steps=self.config.schedule_steps)
 
     def _after_step(self, batch: Batch, loss: Tensor, grad_norm: Tensor) -> None:
         """Log, validate and save where the step is due for it, in this order: records come before their checkpoint."""
         config = self.config
-        last = self.step == config.total_steps
-        leaving = last or self.stop.reason is not None or self.step == config.train.stop_after_step
-        logging_due = last or self.step % config.logging.every_steps == 0
-        saving_due = leaving or self.step % config.checkpoint.every_steps == 0
-        if logging_due or saving_due:
-            self._refuse_non_finite(batch, loss, grad_norm)
-        if logging_due:
-            self._log(self._training_record(loss, grad_norm))
-        if config.evaluation.every_steps and (last or self.step % config.evaluation.every_steps == 0):
-            self._validate()
-        if saving_due:
-            self._save()
         self.directory.heartbeat(self.step)
+        logging_due = self._last or self.step % config.logging.every_steps == 0
+        saving_due = self._last or self.step % config.checkpoint.every_steps == 0
+        if logging_due:
+            self._refuse_non_finite(batch, loss, grad_norm)
+            self._log(self._training_record(loss, grad_norm))
+        self._validate_if_due()
+        if saving_due or self._stop_reason():
+            self._refuse_non_finite(batch, loss, grad_norm)
+            self._save()
+
+    @property
+    def _last(self) -> bool:
+        return self.step >= self.config.total_steps
+
+    def _stop_reason(self) -> str | None:
+        """Why to leave before the end, if there is a reason."""
+        stop_after = self.config.train.stop_after_step
+        if self.stop.reason is None and stop_after is not None and self.step >= stop_after:
+            return f"train.stop_after_step={stop_after}"
+        return self.stop.reason
 
     def _finished(self) -> bool:
-        """Whether to leave here, with the status that says why."""
-        if self.step >= self.config.total_steps:
+        """Whether to leave here, with the status that says why; never with a step that is not saved."""
+        reason = self._stop_reason()
+        if self.saved_step != self.step:
+            return False
+        if self._last and not self._validation_due():
             self.directory.record("done", step=self.step)
             self.directory.set_status(DONE, step=self.step)
             log.info("done: step %d of %d, in %s", self.step, self.config.total_steps, self.directory.path)
             return True
-        stop_after = self.config.train.stop_after_step
-        reason = self.stop.reason
-        if reason is None and stop_after is not None and self.step >= stop_after:
-            reason = f"train.stop_after_step={stop_after}"
-        if reason is None or self.saved_step != self.step:
+        if reason is None:
             return False
         self.directory.record("stop", step=self.step, reason=reason)
         self.directory.set_status(PREEMPTED, step=self.step, reason=reason)
         log.info("stopped at step %d (%s); the same command resumes there", self.step, reason)
         return True
+
+    def _save(self) -> None:
+        if self.saved_step == self.step:
+            return
+        started = time.perf_counter()
+        self.metrics.sync()
+        self.snapshots.save(self.step, self.data_state)
+        self.saved_step = self.step
+        seconds = time.perf_counter() - started
+        self.throughput.pause(seconds)
+        log.info("saved %s in %s", commit.step_name(self.step), duration(seconds))
 
     # ------------------------------------------------------------------ records
 
@@ -272,7 +308,7 @@ class Trainer:
         return {
             "train/loss": loss.item(),
             "train/grad_norm": grad_norm.item(),
-            "train/lr": self._learning_rate(self.step),
+            "train/lr": self._learning_rate(),
             **{f"data/epoch.{name}": epoch for name, epoch in epochs.items()},
             **self.throughput.lap(),
             "perf/memory_gib": memory_gib(self.device),
@@ -285,10 +321,24 @@ class Trainer:
         for sink in self.sinks:
             sink.write(record)
 
-    def _validate(self) -> None:
+    def _validation_due(self) -> bool:
+        """Whether this step is to be validated and has not been: a stop may have come in between."""
+        every = self.config.evaluation.every_steps
+        return bool(every) and (self._last or self.step % every == 0) and self.metrics.validated_step != self.step
+
+    def _validate_if_due(self) -> None:
+        """Validate; a request to stop breaks it off, and the resumed run begins with it."""
+        if not self._validation_due():
+            return
         started = time.perf_counter()
-        self._log(self.validation.evaluate(self.model))
+        record = self.validation.evaluate(self.model, keep_going=self._keep_validating)
+        if record is not None:
+            self._log(record)
         self.throughput.pause(time.perf_counter() - started)
+
+    def _keep_validating(self) -> bool:
+        self.directory.heartbeat(self.step)
+        return self.stop.reason is None or self.step == 0  # before step 1 there is nothing to save
 
     def _refuse_non_finite(self, batch: Batch, loss: Tensor, grad_norm: Tensor) -> None:
         if not (torch.isfinite(loss) & torch.isfinite(grad_norm)).item():
@@ -298,100 +348,3 @@ class Trainer:
                 f"{batch.samples[0]} to {batch.samples[-1]}); nothing was saved from it, the last good checkpoint "
                 f"is {good[0] if good else 'none'}"
             )
-
-    # ------------------------------------------------------------------ checkpoints
-
-    def _save(self) -> None:
-        if self.saved_step == self.step:
-            return
-        started = time.perf_counter()
-        self.metrics.sync()
-        settings = self.config.checkpoint
-        content = {
-            "tokens": self.step * self.config.global_batch * self.config.data.seq_len,
-            "mesh": {"world_size": 1},
-            "model": asdict(self.config.model),
-            "config": self.config.as_dict(),
-            "environment": self.environment,
-            "data": {"state": self.data_state.to_json(), "manifests": self._data_identity()},
-            "optimizer": {"step": step_count(self.optimizer)},
-            "guard": {},
-        }
-        path = store.save(self.directory.checkpoints, self.step, self._tensor_groups(), content)
-        self.directory.record("checkpoint", step=self.step, path=path.name)
-        commit.prune(
-            self.directory.checkpoints,
-            keep_last=settings.keep_last,
-            keep_every_steps=settings.keep_every_steps,
-        )
-        self.saved_step = self.step
-        seconds = time.perf_counter() - started
-        self.throughput.pause(seconds)
-        log.info("saved %s in %s", path, duration(seconds))
-
-    def _tensor_groups(self) -> dict[str, dict[str, Tensor]]:
-        rng = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.device)
-        parameters = dict(self.model.named_parameters())
-        return {
-            "model": dict(parameters),
-            "optimizer": moment_tensors(self.optimizer, parameters.items()),
-            "rng": rng,
-        }
-
-    def _data_identity(self) -> dict[str, str]:
-        return {source.name: source.manifest.hash for source in self.sources}
-
-    def _restore(self) -> int | None:
-        """Load the newest checkpoint that verifies; returns its step, or None if the run has none yet.
-
-        Raises UnhealthyRun if checkpoints were committed and none of them can be used.
-        """
-        root = self.directory.checkpoints
-        commit.clean(root)
-        refusals = []
-        for checkpoint in commit.list_checkpoints(root):
-            try:
-                manifest = store.open_checkpoint(checkpoint, hashes=self.config.checkpoint.verify_hashes)
-                self._load(checkpoint, manifest)
-            except CheckpointError as error:
-                log.warning("passing over a checkpoint: %s", error)
-                self.directory.record("refused", path=checkpoint.name, reason=str(error))
-                refusals.append(str(error))
-                continue
-            log.info("resuming from %s", checkpoint)
-            return self.step
-        if refusals or self.directory.events("checkpoint"):
-            raise UnhealthyRun(
-                f"{root}: checkpoints were written and none can be used"
-                f"{': ' + refusals[0] if refusals else ' (they are gone)'}; restore one, or start anew with name=…"
-            )
-        log.info("%s has no checkpoint: starting at step 0", self.directory.path)
-        return None
-
-    def _load(self, checkpoint: Path, manifest: dict[str, Any]) -> None:
-        groups = self._tensor_groups()
-        for group, tensors in groups.items():
-            store.load_group(checkpoint, manifest, group, tensors)
-        torch.set_rng_state(groups["rng"]["cpu"])
-        if "cuda" in groups["rng"]:
-            torch.cuda.set_rng_state(groups["rng"]["cuda"], self.device)
-        try:
-            step, updates = int(manifest["step"]), int(manifest["optimizer"]["step"])
-            data_state = DataState.from_json(manifest["data"]["state"])
-            identity = manifest["data"]["manifests"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{checkpoint}: the manifest lacks a field ({error})") from None
-        self._check_data_identity(checkpoint, identity)
-        set_step_count(self.optimizer, updates)
-        self.step = self.saved_step = step
-        self.data_state = data_state
-
-    def _check_data_identity(self, checkpoint: Path, identity: dict[str, str]) -> None:
-        for name, sha256 in self._data_identity().items():
-            if identity.get(name) != sha256:
-                raise DataError(
-                    f"data.sources.{name}: its data set is not the one {checkpoint} was trained on; "
-                    "give the path of that one, or start another run with name=…"
-                )

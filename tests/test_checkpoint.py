@@ -6,6 +6,7 @@ import pickle
 import re
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from llamatrain.checkpoint import commit, store
 from llamatrain.config import RunConfig
 from llamatrain.errors import CheckpointError, UnhealthyRun
 from llamatrain.files import sha256_of_file, sha256_of_json
+from llamatrain.snapshots import Snapshots
 from tests.small_run import metrics, saved_steps, saved_tensors, small_config, status, train_in_process, trainer_for
 
 Damage = Callable[[Path], None]
@@ -31,7 +33,7 @@ def save_simple(root: Path, step: int = 1, **tensors: torch.Tensor) -> Path:
 
 
 def read_simple(checkpoint: Path, **targets: torch.Tensor) -> None:
-    store.load_group(checkpoint, store.open_checkpoint(checkpoint), "model", targets)
+    store.Reader(checkpoint, store.open_checkpoint(checkpoint)).fill("model", targets)
 
 
 def edit_manifest(checkpoint: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -71,7 +73,6 @@ def test_a_save_that_fails_leaves_the_earlier_checkpoints(tmp_path: Path, monkey
         save_simple(tmp_path, 2)
     monkeypatch.undo()
     assert [path.name for path in commit.list_checkpoints(tmp_path)] == ["step-00000001"]
-    commit.clean(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
@@ -156,6 +157,26 @@ def remove_a_chunk(checkpoint: Path) -> None:
     edit_manifest(checkpoint, lambda manifest: manifest["tensors"]["model"]["norm.weight"].update(chunks=[]))
 
 
+def overlap_chunks(checkpoint: Path) -> None:
+    """Two chunks with the right volume together that share a row and leave one out."""
+
+    def overlap(manifest: dict[str, Any]) -> None:
+        (whole,) = manifest["tensors"]["model"]["norm.weight"]["chunks"]
+        half = whole["shape"][0] // 2
+        chunks = [{**whole, "offset": [offset], "shape": [half]} for offset in (0, half - 1)]
+        manifest["tensors"]["model"]["norm.weight"]["chunks"] = chunks
+
+    edit_manifest(checkpoint, overlap)
+
+
+def spoil_the_data_state(checkpoint: Path) -> None:
+    edit_manifest(checkpoint, lambda manifest: manifest["data"]["state"].update(next_sample=-1))
+
+
+def make_it_another_run(checkpoint: Path) -> None:
+    edit_manifest(checkpoint, lambda manifest: manifest["config"]["train"].update(seed=7))
+
+
 def remove_a_stored_tensor(checkpoint: Path) -> None:
     path = next(checkpoint.glob("model*.safetensors"))
     tensors = load_file(path)
@@ -206,6 +227,9 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "flipped byte of the manifest": (flip_a_byte_of_the_manifest, "the manifest was altered"),
     "missing file": (remove_a_file, "named in the manifest but not there"),
     "missing chunk": (remove_a_chunk, r"the chunks of norm\.weight do not cover it"),
+    "overlapping chunks": (overlap_chunks, r"the chunks of norm\.weight do not cover it"),
+    "spoiled data state": (spoil_the_data_state, "a field of the manifest cannot be used .*next_sample"),
+    "another run": (make_it_another_run, r"it is of another run: .*train\.seed was 7, is 0"),
     "missing tensor": (remove_a_stored_tensor, "cannot be read"),
     "another model": (make_it_another_model, "it is of another model: lacks layers.1.attention_norm"),
     "named pickle": (name_a_pickle, r"names 'model\.pt'; a checkpoint holds only \.safetensors"),
@@ -236,6 +260,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
         trainer = trainer_for(config, resources)
         assert trainer.step == 4
         refusals = trainer.directory.events("refused")
+        assert saved_steps(run_dir) == [4]  # the damaged one is set aside, or it would pass for the newest
     assert len(refusals) == 1
     assert re.search(message, refusals[0]["reason"])
     train_in_process(config)
@@ -277,3 +302,48 @@ def test_a_committed_run_whose_checkpoints_are_gone_stops(sources: dict[str, Pat
         commit.delete(checkpoint)
     with pytest.raises(UnhealthyRun, match="they are gone"):
         train_in_process(config)
+
+
+def test_a_refused_checkpoint_does_not_push_out_the_new_ones(sources: dict[str, Path], tmp_path: Path) -> None:
+    retention = {"every_steps": 2, "keep_last": 1, "keep_every_steps": 4}
+    train_in_process(config_for(tmp_path, sources, 12, checkpoint=retention))
+    assert saved_steps(tmp_path) == [4, 8, 12]
+    truncate(tmp_path / "checkpoints" / "step-00000012")
+    for stop_at in (10, 11):
+        config = config_for(tmp_path, sources, 12, checkpoint=retention)
+        train_in_process(replace(config, train=replace(config.train, stop_after_step=stop_at)))
+        assert saved_steps(tmp_path) == [4, 8, stop_at]
+
+
+def test_a_disk_that_cannot_be_read_costs_one_checkpoint(
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_for(tmp_path, sources, 8)
+    train_in_process(config)
+
+    def failing(path: Path) -> str:
+        if "step-00000008" in str(path):
+            raise OSError(5, "Input/output error")
+        return sha256_of_file(path)
+
+    monkeypatch.setattr(commit, "sha256_of_file", failing)
+    with ExitStack() as resources:
+        trainer = trainer_for(config, resources)
+        assert trainer.step == 4
+        assert "cannot be read (Input/output error)" in trainer.directory.events("refused")[0]["reason"]
+
+
+def test_a_run_may_move_to_another_kind_of_device(
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint made on CUDA holds the state of its generator too; here it has no use."""
+    plain = Snapshots._random_states
+
+    def with_cuda(self: Snapshots) -> dict[str, torch.Tensor]:
+        return {**plain(self), "rank00000.cuda": torch.zeros(16, dtype=torch.uint8)}
+
+    monkeypatch.setattr(Snapshots, "_random_states", with_cuda)
+    train_in_process(config_for(tmp_path, sources, 4))
+    monkeypatch.undo()
+    train_in_process(config_for(tmp_path, sources, 6))
+    assert saved_steps(tmp_path) == [4, 6]

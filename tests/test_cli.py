@@ -21,7 +21,7 @@ from llamatrain.cli import command_line
 from llamatrain.config import RunConfig, validate
 from llamatrain.config.build import build
 from llamatrain.config.generate import GenerateConfig
-from tests.small_run import saved_steps, status
+from tests.small_run import assert_same_run, saved_steps, status
 
 REPOSITORY = Path(__file__).parent.parent
 EXPERIMENTS = [path.stem for path in (REPOSITORY / "conf" / "experiment").glob("*.yaml")]
@@ -46,6 +46,11 @@ def command(*arguments: str, cwd: Path, module: str = "llamatrain.train") -> sub
         ("+optim.foo=1", "error: optim.foo: there is no such setting"),
         ("experiment=demoo", "did you mean experiment=demo? conf/experiment has demo, paper_13b"),
         ("model=8b", "error: model=8b: there is no such choice;"),
+        ("model=7B", "did you mean model=7b?"),
+        ("train.steps=inf", "error: train.steps=inf: must be finite\n"),
+        ("optim.lr=nan", "error: optim.lr=nan: must be finite\n"),
+        ("name=${nme}", r"write \${…} for the characters themselves"),
+        ("run_dir=", "error: run_dir is empty: run_dir=…\n"),
         ("train.steps=5", "error: data.sources is empty: name at least one with data.sources.NAME.path=DIRECTORY"),
     ],
 )
@@ -153,15 +158,17 @@ def test_a_groups_default_file_is_that_of_its_dataclass(group: str) -> None:
 
 
 def test_flags_and_overrides_may_stand_in_any_order() -> None:
-    arguments = command_line(["model=15m", "--cfg", "job", "optim.lr=1"], groups={"model"})
+    arguments = command_line(["model=15m", "--cfg", "job", "optim.lr=1"], groups={"model"}, texts=set())
     assert arguments[:2] == ["--cfg", "job"]
     assert arguments[-2:] == ["model=15m", "++optim.lr=1"]
-    assert command_line(["--info"], groups=set())[:2] == ["--info", "all"]
+    assert command_line(["--info"], groups=set(), texts=set())[:2] == ["--info", "all"]
 
 
 @pytest.mark.parametrize(
     "value",
     [
+        "1e5",
+        "true",
         "Hello, world",
         "def f(x):",
         "it's",
@@ -178,7 +185,7 @@ def test_flags_and_overrides_may_stand_in_any_order() -> None:
     ],
 )
 def test_any_text_may_be_a_value(value: str) -> None:
-    *_, override = command_line([f"prompt={value}"], groups=set())
+    *_, override = command_line([f"prompt={value}"], groups=set(), texts={"prompt"})
     parsed = OverridesParser.create().parse_override(override).value()
     assert str(getattr(parsed, "text", parsed)) == (value.strip('"') if value == '"q"' else value)
 
@@ -218,13 +225,45 @@ def test_a_sweep_gives_each_job_a_directory_of_its_own(tiny_dataset: Callable[..
     assert [saved_steps(path) for path in runs] == [[2], [2]]
 
 
+def test_two_processes_make_the_same_checkpoint(tiny_dataset: Callable[..., Path], tmp_path: Path) -> None:
+    data = tiny_dataset("text", ["a penny saved is a penny earned. " * 9] * 20, tmp_path / "data")
+    arguments = [
+        "model=15m", "model.dim=32", "model.n_layers=1", "model.n_heads=2", "model.max_seq_len=32", "data.seq_len=32",
+        f"data.sources.text.path={data}", "train.steps=2", "train.global_batch_tokens=64", "optim.warmup_steps=1",
+        "train.device=cpu", "logging.every_steps=1",
+    ]  # fmt: skip
+    for name in ("one", "other"):
+        assert command(f"name={name}", *arguments, cwd=tmp_path).returncode == 0
+    assert_same_run(tmp_path / "runs" / "one", tmp_path / "runs" / "other", step=2)
+
+
+def test_a_prompt_is_a_text_whatever_it_looks_like(tmp_path: Path) -> None:
+    for prompt in ("1e5", "true", "a, b", "f(x"):
+        done = command("--cfg", "job", f"prompt={prompt}", cwd=tmp_path, module="llamatrain.generate")
+        assert yaml.safe_load(done.stdout)["prompt"] == prompt
+    done = command("--cfg", "job", "prompt=[a,7]", cwd=tmp_path, module="llamatrain.generate")
+    assert build(GenerateConfig, yaml.safe_load(done.stdout)).prompts == ["a", "7"]
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "file"])
+def test_a_data_directory_that_is_none_is_named(kind: str, tmp_path: Path) -> None:
+    if kind == "empty":
+        (tmp_path / "data").mkdir()
+    if kind == "file":
+        (tmp_path / "data").write_text("")
+    done = command("model=15m", "data.sources.text.path=data", "train.steps=5000", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: data.sources.text: data")
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_bad_data_is_told_in_one_line_and_in_the_status(tmp_path: Path) -> None:
     done = command(
         "model=15m", "data.sources.text.path=nowhere", "train.steps=5", "train.global_batch_tokens=2048",
         "optim.warmup_steps=1", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 2
-    assert re.fullmatch(r"error: nowhere/tokenizer\.model: the tokenizer cannot be read .*\n", done.stderr)
+    assert re.fullmatch(r"error: data\.sources\.text: nowhere: no dataset\.json there, .*\n", done.stderr)
     assert status(tmp_path / "runs" / "llama")["state"] == "bad_input"
 
 

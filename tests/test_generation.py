@@ -163,7 +163,6 @@ def test_bf16_model_generates():
     ("change", "message"),
     [
         ({"checkpoint": None}, "checkpoint="),
-        ({"prompt": {"a": 1}}, "prompt="),
         ({"prompt": []}, "prompt="),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"temperature": -1.0}, "temperature=-1.0"),

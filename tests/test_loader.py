@@ -12,7 +12,7 @@ from llamatrain.config.data import DataConfig, SourceConfig
 from llamatrain.data.loader import IGNORE_INDEX, Batch, Loader, document_pieces
 from llamatrain.data.order import DataState, SampleOrder, round_weights
 from llamatrain.data.shards import Manifest, ShardWriter, read_manifest, write_manifest
-from llamatrain.data.sources import Source, open_sources
+from llamatrain.data.sources import Source, check_tokenizers, open_sources
 from llamatrain.errors import DataError
 
 BOS, EOS = 1, 2
@@ -327,8 +327,12 @@ def test_a_source_of_weight_0_is_not_opened(data: Path) -> None:
 
 
 def refusal(config: DataConfig, *, vocab_size: int = VOCAB, tokenizer_sha256: str | None = None) -> str:
+    def open_and_check() -> None:
+        sources = open_sources(config, vocab_size=vocab_size)
+        check_tokenizers(sources, tokenizer_sha256 or sources[0].manifest.tokenizer_sha256)
+
     with pytest.raises(DataError) as caught:
-        open_sources(config, vocab_size=vocab_size, tokenizer_sha256=tokenizer_sha256)
+        open_and_check()
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -344,7 +348,7 @@ def test_sources_of_different_tokenizers_are_refused(data: Path, tmp_path: Path)
 
 
 def test_another_tokenizer_than_the_given_is_refused(data: Path) -> None:
-    assert len(open_sources(data_config(data), vocab_size=VOCAB, tokenizer_sha256="a" * 64)) == 2
+    check_tokenizers(open_sources(data_config(data), vocab_size=VOCAB), "a" * 64)
     message = refusal(data_config(data), tokenizer_sha256="c" * 64)
     assert "data.sources.prose" in message and "data.tokenizer (cccccccccccc…)" in message
 

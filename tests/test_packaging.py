@@ -47,8 +47,9 @@ def test_a_wheel_in_another_environment_trains_with_its_packaged_configuration(
 ) -> None:
     python = Path(sys.executable)
     source = tmp_path / "source"
-    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, text=True)
-    for name in filter(None, tracked.stdout.split("\0")):  # a build must leave nothing in the tree
+    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    tracked = subprocess.run(listing, cwd=REPOSITORY, capture_output=True, text=True)
+    for name in filter(None, set(tracked.stdout.split("\0"))):  # a build must leave nothing in the tree
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_bytes((REPOSITORY / name).read_bytes())
     run("-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, source, cwd=tmp_path, python=python)

@@ -15,6 +15,7 @@ from llamatrain.run_directory import (
     RunDirectory,
     attempt_id,
     cut_lines,
+    note_refusal,
     read_status,
     refuse_same_attempt,
 )
@@ -72,7 +73,9 @@ def test_heartbeats_are_written_now_and_then(tmp_path: Path, monkeypatch: pytest
 
 
 def test_an_attempt_is_the_slurm_job_and_its_restarts(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert attempt_id() != attempt_id()
+    assert attempt_id() == attempt_id()
+    monkeypatch.setenv("LLAMATRAIN_ATTEMPT", "launch-5")
+    assert attempt_id() == "launch-5"
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     assert attempt_id() == "slurm-77-2" == attempt_id()
@@ -105,3 +108,39 @@ def test_cutting_keeps_whole_leading_lines(
     path.write_bytes(whole + torn.replace(b"\n", b""))
     cut_lines(path, lambda record: record["step"] <= limit)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [s for s in steps if s <= limit]
+
+
+@pytest.mark.parametrize("line", ["garbage", "null", "7", '{"tokens": 3}', '{"step": "x"}'])
+def test_a_whole_line_that_is_no_record_is_named_and_nothing_is_cut(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    content = f'{{"step": 1}}\n{line}\n{{"step": 2}}\n'
+    path.write_text(content)
+    with pytest.raises(UnhealthyRun, match=r"metrics\.jsonl, line 2: not a record"):
+        cut_lines(path, lambda record: record["step"] <= 2)
+    assert path.read_text() == content
+
+
+def test_a_spoiled_status_is_named(tmp_path: Path) -> None:
+    (tmp_path / "status.json").write_text('{"state":')
+    with pytest.raises(UnhealthyRun, match=r"status\.json: cannot be read"):
+        RunDirectory(tmp_path)
+
+
+def test_a_journal_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    (tmp_path / "journal.jsonl").mkdir()
+    with pytest.raises(ConfigError, match="cannot be written"):
+        RunDirectory(tmp_path)
+
+
+def test_a_refusal_is_noted_in_a_run_that_exists_and_not_in_one_at_work(tmp_path: Path) -> None:
+    note_refusal(tmp_path / "new", "typo")
+    assert not (tmp_path / "new").exists()
+    directory = RunDirectory(tmp_path / "run")
+    directory.set_status(RUNNING, step=4)
+    with pytest.raises(ConfigError, match="another process trains there"):
+        note_refusal(tmp_path / "run", "typo")
+    directory.close()
+    note_refusal(tmp_path / "run", "typo")
+    found = read_status(tmp_path / "run")
+    assert found is not None
+    assert (found["state"], found["step"], found["reason"]) == ("bad_input", 4, "typo")

@@ -12,12 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_tools.train_tokenizer import TrainTokenizerSettings, train_tokenizer
 from llamatrain import generate
+from llamatrain.checkpoint import commit
 from llamatrain.config import RunConfig
 from llamatrain.config.generate import GenerateConfig
 from llamatrain.data.loader import IGNORE_INDEX, Batch, Loader
 from llamatrain.errors import CheckpointError, ConfigError, DataError, UnhealthyRun
+from llamatrain.evaluation.validation import Validation
+from llamatrain.model.llama import Llama
+from llamatrain.observe.records import Record
 from llamatrain.resilience.control import StopRequest
+from llamatrain.train import train
 from llamatrain.trainer import Trainer, run
 from tests.small_run import (
     GLOBAL_BATCH,
@@ -34,6 +40,7 @@ from tests.small_run import (
 )
 
 LOSS_TOLERANCE = 1e-5  # docs/design.md, "Tolerances": fp32, relative, on losses and gradient norms
+BF16_TOLERANCE = 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +157,7 @@ def test_a_longer_run_keeps_the_past_of_a_shorter_one(
 
 
 def test_a_structural_change_is_refused_and_another_is_taken(sources: dict[str, Path], tmp_path: Path) -> None:
-    train_in_process(small_config(tmp_path, sources, train={"steps": 2}))
+    train_in_process(small_config(tmp_path, sources, train={"stop_after_step": 2}))
     with pytest.raises(ConfigError, match=r"data\.seed was 0, is 1"):
         train_in_process(small_config(tmp_path, sources, data={"seed": 1}))
     assert status(tmp_path)["state"] == "bad_input"
@@ -165,6 +172,107 @@ def test_another_data_set_under_the_same_name_is_refused(
     other = tiny_dataset("lines", ["something else entirely. " * 60], tmp_path / "lines")
     with pytest.raises(DataError, match=r"data\.sources\.lines: its data set is not the one"):
         train_in_process(small_config(tmp_path / "run", {**sources, "lines": other}))
+
+
+def test_a_first_start_that_failed_may_be_corrected(sources: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"set model\.vocab_size=512"):
+        train_in_process(small_config(tmp_path, sources, model={"vocab_size": 100}))
+    with pytest.raises(DataError, match=r"no shard of it holds a whole sample"):
+        train_in_process(small_config(tmp_path, sources, model={"max_seq_len": 10**6}, data={"seq_len": 10**6}))
+    assert status(tmp_path)["state"] == "bad_input"
+    train_in_process(small_config(tmp_path, sources, train={"steps": 2}))
+    assert status(tmp_path)["state"] == "done"
+
+
+def test_without_its_configuration_a_run_is_still_not_another(sources: dict[str, Path], tmp_path: Path) -> None:
+    train_in_process(small_config(tmp_path, sources, train={"steps": 2}))
+    (tmp_path / "config.yaml").unlink()
+    with pytest.raises(UnhealthyRun, match=r"it is of another run: .*data\.seed was 0, is 5"):
+        train_in_process(small_config(tmp_path, sources, data={"seed": 5}))
+    train_in_process(small_config(tmp_path, sources, train={"steps": 3}))
+    assert (tmp_path / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("content", ["", "model: [", "nmae: x\n"])
+def test_a_spoiled_configuration_is_named(content: str, sources: dict[str, Path], tmp_path: Path) -> None:
+    train_in_process(small_config(tmp_path, sources, train={"steps": 2}))
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=r"config\.yaml|holds a run with other settings"):
+        train_in_process(small_config(tmp_path, sources, train={"steps": 3}))
+
+
+def test_a_run_that_is_done_stays_done_whatever_is_typed_after_it(sources: dict[str, Path], tmp_path: Path) -> None:
+    train_in_process(small_config(tmp_path, sources, train={"steps": 2}))
+    before = status(tmp_path)
+    with pytest.raises(ConfigError):
+        train_in_process(small_config(tmp_path, sources, data={"seed": 3}))
+    with pytest.raises(ConfigError):
+        train(small_config(tmp_path, sources, optim={"lr": 0.0}))
+    assert status(tmp_path) == before
+
+
+def test_what_cannot_work_is_in_the_status_of_a_run_that_exists(sources: dict[str, Path], tmp_path: Path) -> None:
+    train_in_process(small_config(tmp_path, sources, train={"stop_after_step": 3}))
+    with pytest.raises(ConfigError):
+        train(small_config(tmp_path, sources, optim={"lr": 0.0}))
+    found = status(tmp_path)
+    assert (found["state"], found["step"]) == ("bad_input", 3)
+    assert "optim.lr=0.0" in found["reason"]
+
+
+def test_a_full_disk_is_told_with_the_step_and_leaves_what_was_saved(
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path) -> None:
+        if "step-00000008" in str(path):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(commit, "fsync_path", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        train_in_process(small_config(tmp_path, sources))
+    assert (status(tmp_path)["state"], status(tmp_path)["step"]) == ("unhealthy", 8)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"]
+
+
+@pytest.mark.parametrize("stop_in_validation", [2, 3])
+def test_a_stop_breaks_validation_off_and_the_resumed_run_begins_with_it(
+    stop_in_validation: int,
+    unbroken: RunConfig,
+    sources: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Validations of the run: at step 0, 6 and 12."""
+    stop, started = StopRequest(), 0
+    evaluate = Validation.evaluate
+
+    def interrupted(self: Validation, model: Llama, *, keep_going: Callable[[], bool]) -> Record | None:
+        nonlocal started
+        started += 1
+        if started == stop_in_validation:
+            stop.reason = "SIGTERM"
+        return evaluate(self, model, keep_going=keep_going)
+
+    monkeypatch.setattr(Validation, "evaluate", interrupted)
+    run(small_config(tmp_path, sources), stop)
+    step = 6 * (stop_in_validation - 1)
+    assert (status(tmp_path)["state"], status(tmp_path)["step"]) == ("preempted", step)
+    assert "train/loss" in metrics(tmp_path)[-1]
+    monkeypatch.undo()
+    train_in_process(small_config(tmp_path, sources))
+    assert status(tmp_path)["state"] == "done"
+    assert_same_run(unbroken.run_dir, tmp_path, step=12)
+
+
+def test_a_stop_ends_a_sweep_too(sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(config: RunConfig, stop: StopRequest) -> None:
+        stop.reason = "SIGTERM"
+
+    monkeypatch.setattr("llamatrain.trainer.run", stopped)
+    monkeypatch.setattr(StopRequest, "install", lambda self: None)
+    with pytest.raises(SystemExit) as left:
+        train(small_config(tmp_path, sources))
+    assert left.value.code == 0
 
 
 def test_two_processes_cannot_train_in_one_directory(sources: dict[str, Path], tmp_path: Path) -> None:
@@ -233,7 +341,6 @@ class Course:
             }
             trainer.optimizer.zero_grad()
         loss, norm = trainer.train_step(batch)
-        trainer.step += 1
         self.samples.append(batch.samples.tolist())
         self.losses.append(loss.item())
         self.norms.append(norm.item())
@@ -250,12 +357,12 @@ def check_same_course(one: Course, other: Course) -> None:
         assert difference <= 1e-5 * gradient.abs().max(), name
 
 
-def course(sources: dict[str, Path], directory: Path, micro_batch: int) -> Course:
+def course(sources: dict[str, Path], directory: Path, micro_batch: int, precision: str = "fp32") -> Course:
     config = small_config(
         directory,
         sources,
         data={"document_mask": True},
-        train={"micro_batch": micro_batch, "steps": 20},
+        train={"micro_batch": micro_batch, "steps": 20, "precision": precision},
         optim={"clip_norm": 0.5},
     )
     return Course(config)
@@ -336,6 +443,16 @@ def test_bf16_trains_close_to_fp32(unbroken: RunConfig, sources: dict[str, Path]
     assert losses[1] != losses[0]
 
 
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_micro_batches_in_bf16_stay_within_their_tolerance(
+    micro_batch: int, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    whole, cut = (course(sources, tmp_path / str(size), size, precision="bf16") for size in (GLOBAL_BATCH, micro_batch))
+    assert whole.samples == cut.samples
+    assert cut.losses == pytest.approx(whole.losses, rel=BF16_TOLERANCE)
+    assert cut.norms == pytest.approx(whole.norms, rel=BF16_TOLERANCE)
+
+
 def test_weights_that_no_longer_verify_end_the_run_as_unhealthy(sources: dict[str, Path], tmp_path: Path) -> None:
     train_in_process(small_config(tmp_path, sources, train={"steps": 4}))
     for path in (tmp_path / "checkpoints").glob("*/model*.safetensors"):
@@ -349,7 +466,7 @@ def test_the_generate_command_reads_what_training_saved(
     unbroken: RunConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = GenerateConfig(
-        checkpoint=unbroken.run_dir, prompt=["def f", 7], max_new_tokens=8, temperature=0, device="cpu"
+        checkpoint=unbroken.run_dir, prompt=["def f", "7"], max_new_tokens=8, temperature=0, device="cpu"
     )
     generate.run(settings)
     first = capsys.readouterr().out
@@ -357,6 +474,27 @@ def test_the_generate_command_reads_what_training_saved(
     assert capsys.readouterr().out == first
     assert [text[:1] for text in first.split("\n\n")[:2]] == ["d", "7"]
     assert len(first) > len("def f\n\n7\n\n")
+
+
+def test_generating_with_another_tokenizer_is_refused(sources: dict[str, Path], tmp_path: Path) -> None:
+    train_in_process(small_config(tmp_path, sources, train={"steps": 2}))
+    stdlib = (Path(sysconfig.get_path("stdlib")) / "calendar.py").read_text()
+    (tmp_path / "other.txt").write_text(stdlib)
+    train_tokenizer(
+        TrainTokenizerSettings(input=str(tmp_path / "other.txt"), output=str(tmp_path), vocab_size=500, overwrite=True)
+    )
+    with pytest.raises(DataError, match=r"tokenizer\.model: not the tokenizer .*step-00000002 was trained with"):
+        generate.run(GenerateConfig(checkpoint=str(tmp_path), prompt="x"))
+
+
+def test_ids_the_tokenizer_lacks_are_never_written(
+    sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_in_process(small_config(tmp_path, sources, train={"steps": 2}, model={"vocab_size": 4000}))
+    settings = GenerateConfig(checkpoint=str(tmp_path), prompt="x", max_new_tokens=28, temperature=5.0, top_p=1.0)
+    capsys.readouterr()
+    generate.run(settings)
+    assert capsys.readouterr().out.startswith("x")
 
 
 def test_generating_from_nothing_names_it(tmp_path: Path) -> None:

@@ -83,10 +83,7 @@ def test_the_loss_curve_is_that_of_an_independent_model(tiny_dataset: Callable[.
             Loader(trainer.sources, trainer.order, trainer.data_state, seq_len=64, global_batch=16, micro_batch=8)
         )
         batches = list(islice(loader, STEPS))
-        losses = []
-        for batch in batches:
-            losses.append(trainer.train_step(batch)[0].item())
-            trainer.step += 1
+        losses = [trainer.train_step(batch)[0].item() for batch in batches]
     expected = train_twin(twin, batches, config)
     assert losses == pytest.approx(expected, rel=TOLERANCE)
     assert losses[0] == pytest.approx(math.log(config.model.vocab_size), rel=0.02)

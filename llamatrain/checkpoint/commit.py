@@ -21,6 +21,7 @@ VERSION = 1
 MANIFEST_FILE = "checkpoint.json"
 TEMPORARY_PREFIX = ".unfinished-"
 DELETED_PREFIX = ".deleted-"
+REFUSED_PREFIX = "refused-"
 
 Manifest = dict[str, Any]
 
@@ -87,8 +88,20 @@ def clean(root: Path) -> None:
     """Remove what a crash left unfinished or half deleted. Only the process that holds the run's lock may."""
     if root.is_dir():
         for path in root.iterdir():
-            if path.name.startswith((TEMPORARY_PREFIX, DELETED_PREFIX)):
+            if path.is_dir() and path.name.startswith((TEMPORARY_PREFIX, DELETED_PREFIX)):
                 shutil.rmtree(path)
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Rename a checkpoint that was refused, so that it counts no more among the steps; returns where it is.
+
+    Left in place it would pass for the newest, and pruning would delete the good ones behind it.
+    """
+    aside = checkpoint.with_name(REFUSED_PREFIX + checkpoint.name)
+    if aside.exists():
+        shutil.rmtree(aside)
+    os.rename(checkpoint, aside)
+    return aside
 
 
 def prune(root: Path, *, keep_last: int, keep_every_steps: int) -> list[Path]:
@@ -142,5 +155,9 @@ def verify_files(checkpoint: Path, manifest: Manifest, *, prefix: str = "", hash
             raise CheckpointError(f"{path}: named in the manifest but not there") from None
         if size != entry["size"]:
             raise CheckpointError(f"{path}: {size} bytes where the manifest says {entry['size']}; it is truncated")
-        if hashes and sha256_of_file(path) != entry["sha256"]:
+        try:
+            altered = hashes and sha256_of_file(path) != entry["sha256"]
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+        if altered:
             raise CheckpointError(f"{path}: its SHA-256 is not the manifest's; its content was altered")

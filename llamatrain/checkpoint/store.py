@@ -6,6 +6,7 @@ the part it needs, after checking that the chunks cover the tensor whole. Tensor
 `optimizer`, `rng`), each in files of its own, so that who wants the weights reads nothing else.
 """
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
@@ -21,13 +22,13 @@ from llamatrain.checkpoint import commit
 from llamatrain.checkpoint.commit import Manifest
 from llamatrain.config import ModelConfig
 from llamatrain.config.build import build
-from llamatrain.errors import CheckpointError, ConfigError
+from llamatrain.errors import CheckpointError, ConfigError, DataError
 from llamatrain.model.attention import resolve_backend
 from llamatrain.model.llama import Llama
+from llamatrain.tokenizer import TOKENIZER_FILE, Tokenizer
 
 TensorGroups = Mapping[str, Mapping[str, Tensor]]
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.uint8)}
-TOKENIZER_FILE = "tokenizer.model"
 
 
 def save(root: Path, step: int, groups: TensorGroups, content: Mapping[str, Any]) -> Path:
@@ -41,6 +42,7 @@ def save(root: Path, step: int, groups: TensorGroups, content: Mapping[str, Any]
         tensors = {name: _write_group(temporary, name, group) for name, group in groups.items()}
         return commit.commit(temporary, {**content, "step": step, "tensors": tensors})
     except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
             f"{temporary}: the checkpoint of step {step} could not be written ({error}); earlier ones are whole"
         ) from error
@@ -76,59 +78,84 @@ def _check_coverage(checkpoint: Path, name: str, entry: Mapping[str, Any], files
     shape, chunks = entry["shape"], entry["chunks"]
     inside = all(
         len(chunk["offset"]) == len(chunk["shape"]) == len(shape)
-        and all(o >= 0 and o + n <= s for o, n, s in zip(chunk["offset"], chunk["shape"], shape, strict=True))
+        and all(
+            o >= 0 and n >= 0 and o + n <= s for o, n, s in zip(chunk["offset"], chunk["shape"], shape, strict=True)
+        )
         for chunk in chunks
     )
-    distinct = len({tuple(chunk["offset"]) for chunk in chunks}) == len(chunks)
-    whole = sum(prod(chunk["shape"]) for chunk in chunks) == prod(shape)
-    if not (inside and distinct and whole):
+    # Boxes inside the tensor that do not overlap and have its volume leave nothing out.
+    whole = inside and sum(prod(chunk["shape"]) for chunk in chunks) == prod(shape) and not _overlap(chunks)
+    if not whole:
         raise CheckpointError(f"{checkpoint}: the chunks of {name} do not cover it whole")
     for chunk in chunks:
         if chunk["file"] not in files:
             raise CheckpointError(f"{checkpoint}: {name} lies in {chunk['file']}, which the manifest does not list")
 
 
-def load_group(checkpoint: Path, manifest: Manifest, group: str, targets: Mapping[str, Tensor]) -> None:
-    """Fill every tensor of `targets` in place from the checkpoint. Raises CheckpointError.
+def _overlap(chunks: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether two boxes share a place; those that cannot meet along the first dimension are not compared."""
+    boxes = sorted([(o, o + n) for o, n in zip(chunk["offset"], chunk["shape"], strict=True)] for chunk in chunks)
+    if boxes and not boxes[0]:
+        return len(boxes) > 1  # scalars
+    open_boxes: list[list[tuple[int, int]]] = []
+    for box in boxes:
+        open_boxes = [other for other in open_boxes if other[0][1] > box[0][0]]
+        if any(all(a < d and c < b for (a, b), (c, d) in zip(box, other, strict=True)) for other in open_boxes):
+            return True
+        open_boxes.append(box)
+    return False
 
-    Names, shapes and dtypes must be exactly those of the checkpoint.
-    """
-    entries = manifest["tensors"][group]
-    missing, extra = sorted(targets.keys() - entries.keys()), sorted(entries.keys() - targets.keys())
-    if missing or extra:
-        raise CheckpointError(
-            f"{checkpoint}: it is of another model: "
-            + "; ".join(f"{what} {names[0]}" for what, names in (("lacks", missing), ("has", extra)) if names)
-        )
-    for name, target in targets.items():
-        entry = entries[name]
-        if list(target.shape) != entry["shape"] or target.dtype != DTYPES.get(entry["dtype"]):
+
+class Reader:
+    """Fills tensors from an opened checkpoint."""
+
+    def __init__(self, checkpoint: Path, manifest: Manifest) -> None:
+        self.checkpoint = checkpoint
+        self._groups = manifest["tensors"]
+
+    def names(self, group: str) -> set[str]:
+        return set(self._groups.get(group, ()))
+
+    def fill(self, group: str, targets: Mapping[str, Tensor], *, partly: bool = False) -> None:
+        """Fill every tensor of `targets` in place. Raises CheckpointError.
+
+        Shapes and dtypes must be exactly those of the checkpoint, and so must the names, unless only a part of
+        the group is wanted.
+        """
+        entries, missing = self._groups[group], sorted(targets.keys() - self.names(group))
+        extra = [] if partly else sorted(self.names(group) - targets.keys())
+        if missing or extra:
             raise CheckpointError(
-                f"{checkpoint}: it is of another model: {name} is {entry['dtype']} {entry['shape']} there, "
-                f"{str(target.dtype).removeprefix('torch.')} {list(target.shape)} here"
+                f"{self.checkpoint}: it is of another model: "
+                + "; ".join(f"{what} {names[0]}" for what, names in (("lacks", missing), ("has", extra)) if names)
             )
-    _copy_chunks(checkpoint, entries, targets)
+        for name, target in targets.items():
+            entry = entries[name]
+            if list(target.shape) != entry["shape"] or target.dtype != DTYPES.get(entry["dtype"]):
+                raise CheckpointError(
+                    f"{self.checkpoint}: it is of another model: {name} is {entry['dtype']} {entry['shape']} there, "
+                    f"{str(target.dtype).removeprefix('torch.')} {list(target.shape)} here"
+                )
+        self._copy_chunks(entries, targets)
 
-
-@torch.no_grad()
-def _copy_chunks(checkpoint: Path, entries: Mapping[str, Any], targets: Mapping[str, Tensor]) -> None:
-    by_file: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
-    for name in targets:
-        for chunk in entries[name]["chunks"]:
-            by_file.setdefault(chunk["file"], []).append((name, chunk))
-    for file, chunks in by_file.items():
-        try:
-            with safe_open(checkpoint / file, framework="pt") as reader:
-                for name, chunk in chunks:
-                    stored = reader.get_tensor(chunk["key"])
-                    if list(stored.shape) != chunk["shape"] or stored.dtype != targets[name].dtype:
-                        raise CheckpointError(
-                            f"{checkpoint / file}: {chunk['key']} is not the chunk of {name} in the manifest"
-                        )
-                    box = tuple(slice(o, o + n) for o, n in zip(chunk["offset"], chunk["shape"], strict=True))
-                    targets[name][box].copy_(stored)
-        except SafetensorError as error:
-            raise CheckpointError(f"{checkpoint / file}: cannot be read ({error})") from None
+    @torch.no_grad()
+    def _copy_chunks(self, entries: Mapping[str, Any], targets: Mapping[str, Tensor]) -> None:
+        by_file: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
+        for name in targets:
+            for chunk in entries[name]["chunks"]:
+                by_file.setdefault(chunk["file"], []).append((name, chunk))
+        for file, chunks in by_file.items():
+            path = self.checkpoint / file
+            try:
+                with safe_open(path, framework="pt") as stored:
+                    for name, chunk in chunks:
+                        tensor = stored.get_tensor(chunk["key"])
+                        if list(tensor.shape) != chunk["shape"] or tensor.dtype != targets[name].dtype:
+                            raise CheckpointError(f"{path}: {chunk['key']} is not the chunk of {name} in the manifest")
+                        box = tuple(slice(o, o + n) for o, n in zip(chunk["offset"], chunk["shape"], strict=True))
+                        targets[name][box].copy_(tensor)
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{path}: cannot be read ({error})") from None
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -143,22 +170,29 @@ def find_checkpoint(path: Path) -> Path:
 
 def load_model_for_inference(
     path: str | Path, device: torch.device, *, compute_dtype: torch.dtype
-) -> tuple[Llama, ModelConfig, Path]:
+) -> tuple[Llama, Tokenizer]:
     """The weights of a checkpoint (or of the newest in a run directory) as a model in evaluation mode.
 
     The attention backend is chosen for this device, whatever the run was trained with.
 
-    Returns the model, its configuration, and the path of the run's tokenizer. Raises CheckpointError.
+    Returns the model and the run's tokenizer. Raises CheckpointError, and DataError for another tokenizer.
     """
     checkpoint = find_checkpoint(Path(path))
     manifest = open_checkpoint(checkpoint, groups=["model"])
     try:
         config = replace(build(ModelConfig, manifest["model"]), attention=resolve_backend("auto", device))
+        tokenizer_sha256 = manifest["tokenizer_sha256"]
     except (ConfigError, KeyError) as error:
         raise CheckpointError(f"{checkpoint}: the manifest's model cannot be built ({error})") from None
+    tokenizer = Tokenizer(checkpoint.parent.parent / TOKENIZER_FILE)
+    if tokenizer.sha256 != tokenizer_sha256:
+        raise DataError(
+            f"{tokenizer.path}: not the tokenizer {checkpoint} was trained with (SHA-256 {tokenizer_sha256[:12]}…); "
+            "put that one back"
+        )
     with torch.device("meta"):
         model = Llama(config, compute_dtype=compute_dtype)
     model.to_empty(device=device)
     model.rebuild_rope_tables()
-    load_group(checkpoint, manifest, "model", dict(model.named_parameters()))
-    return model.eval(), config, checkpoint.parent.parent / TOKENIZER_FILE
+    Reader(checkpoint, manifest).fill("model", dict(model.named_parameters()))
+    return model.eval(), tokenizer

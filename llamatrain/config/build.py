@@ -6,6 +6,7 @@ file, an override, or the configuration inside a checkpoint.
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -34,6 +35,12 @@ def known_keys(schema: Any, prefix: str = "") -> list[str]:
     return keys
 
 
+def text_keys(schema: Any) -> set[str]:
+    """The keys of a dataclass, not nested ones, whose values are texts."""
+    hints = typing.get_type_hints(schema).items()
+    return {name for name, kind in hints if kind is str or str in typing.get_args(kind)}
+
+
 def _build_dataclass(schema: Any, values: Any, path: str, known: list[str]) -> Any:
     if not isinstance(values, Mapping):
         raise ConfigError(f"{path[:-1]}={values!r}: this is a group of settings, give one of its keys a value")
@@ -57,7 +64,10 @@ def _convert(kind: Any, value: Any, path: str, known: list[str]) -> Any:
         return _build_dataclass(kind, value, f"{path}.", known)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        return None if value is None else _convert(arguments[0], value, path, known)
+        if value is None and type(None) in arguments:
+            return None
+        lists = [argument for argument in arguments if typing.get_origin(argument) is list]
+        return _convert(lists[0] if lists and isinstance(value, list) else arguments[0], value, path, known)
     if origin is dict:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{path}={value!r}: must be a mapping from names to settings")
@@ -79,6 +89,8 @@ def _refuse_scalar_entries(value: Mapping[str, Any], path: str, template_path: s
 
 
 def _convert_scalar(kind: type, value: Any, path: str) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{path}={value}: must be finite")
     if kind is bool and isinstance(value, bool):
         return value
     if kind is int and isinstance(value, int | float) and not isinstance(value, bool) and value == int(value):

@@ -52,6 +52,9 @@ def nearest_multiple(value: int, unit: int) -> int:
 
 def validate(config: RunConfig, *, world_size: int = 1) -> None:
     """Check every group, then what concerns several of them, for a run on `world_size` devices. Raises ConfigError."""
+    for name in ("name", "run_dir"):
+        if not getattr(config, name):
+            raise ConfigError(f"{name} is empty: {name}=…")
     check_model(config.model)
     check_data(config.data)
     check_train(config.train)

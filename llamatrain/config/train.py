@@ -29,6 +29,8 @@ def check_train(train: TrainConfig) -> None:
         value = getattr(train, name)
         if value is not None and value < 1:
             raise ConfigError(f"train.{name}={value}: must be at least 1")
+    if not 0 <= train.seed < 2**63:
+        raise ConfigError(f"train.seed={train.seed}: must lie in [0, 2^63)")
     if train.precision not in PRECISIONS:
         raise ConfigError(f"train.precision={train.precision}: choose one of {', '.join(PRECISIONS)}")
     if train.device not in DEVICES:

@@ -25,8 +25,8 @@ import torch
 from llamatrain.data.order import DataState, SampleOrder
 from llamatrain.data.shards import Manifest, ShardInfo, open_document_starts, open_tokens
 from llamatrain.data.sources import Source
+from llamatrain.model.loss import IGNORE_INDEX
 
-IGNORE_INDEX = -100  # a target that is no loss; what torch's cross_entropy ignores
 LOCATED_AHEAD = 4_096  # samples of this rank located at once
 LOCATED_AHEAD_ALONE = 512  # the same when a step is one sample of this rank
 

@@ -26,6 +26,20 @@ DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u
 INDEX_DTYPE = np.dtype("<u8")
 
 
+FIELD_KINDS = {
+    "source": str,
+    "dtype": str,
+    "tokenizer_sha256": str,
+    "vocab_size": int,
+    "bos_id": int,
+    "eos_id": int,
+    "add_bos": bool,
+    "add_eos": bool,
+    "documents": dict,
+    "settings": dict,
+}
+
+
 def token_dtype(vocab_size: int) -> str:
     """The narrowest type that holds every id: "uint16" up to 65,536 ids, else "uint32"."""
     return "uint16" if vocab_size <= 65_536 else "uint32"
@@ -106,6 +120,9 @@ def read_manifest(directory: str | Path) -> Manifest:
     try:
         splits = {name: tuple(ShardInfo(**shard) for shard in shards) for name, shards in content["splits"].items()}
         values = {k: v for k, v in content.items() if k not in ("format", "version", "splits")}
+        mistyped = [name for name, kind in FIELD_KINDS.items() if type(values.get(name)) is not kind]
+        if mistyped:
+            raise TypeError(mistyped[0])
         manifest = Manifest(directory=Path(directory), splits=splits, **values)
         plain = all(
             Path(name).name == name

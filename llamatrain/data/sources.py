@@ -41,12 +41,11 @@ def open_sources(
     config: DataConfig,
     *,
     vocab_size: int | None,
-    tokenizer_sha256: str | None = None,
     split: str = "train",
 ) -> list[Source]:
     """Read and check the manifests of all sources of a weight above 0; only verifying hashes reads tokens.
 
-    `vocab_size` is the model's and `tokenizer_sha256` that of data.tokenizer; None leaves its check out.
+    `vocab_size` is the model's; None leaves its check out. The tokenizer is another check, `check_tokenizers`.
     Raises DataError naming the source and what does not fit.
     """
     sources = []
@@ -60,7 +59,6 @@ def open_sources(
             except DataError as error:
                 raise DataError(f"data.sources.{name}: {error}") from None
             sources.append(Source(name, entry.weight, manifest, split, config.seq_len))
-    _check_tokenizers(sources, tokenizer_sha256)
     for source in sources:
         if vocab_size is not None and source.manifest.vocab_size > vocab_size:
             raise DataError(
@@ -71,7 +69,8 @@ def open_sources(
     return sources
 
 
-def _check_tokenizers(sources: list[Source], given: str | None) -> None:
+def check_tokenizers(sources: list[Source], given: str) -> None:
+    """Raises DataError if the sources were not all tokenized with the tokenizer of SHA-256 `given`."""
     for source in sources:
         used, first = source.manifest.tokenizer_sha256, sources[0]
         if used != first.manifest.tokenizer_sha256:
@@ -80,7 +79,7 @@ def _check_tokenizers(sources: list[Source], given: str | None) -> None:
                 f"tokenizers (SHA-256 {used[:12]}… and {first.manifest.tokenizer_sha256[:12]}…): "
                 "tokenize both with the same one"
             )
-        if given is not None and used != given:
+        if used != given:
             raise DataError(
                 f"data.sources.{source.name} was tokenized with another tokenizer (SHA-256 {used[:12]}…) "
                 f"than data.tokenizer ({given[:12]}…): set data.tokenizer to the one it was made with"

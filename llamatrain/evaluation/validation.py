@@ -8,7 +8,7 @@ often each token occurs would reach.
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple
@@ -129,18 +129,27 @@ class Validation:
                 "validation_fraction above 0, or set evaluation.every_steps=0"
             )
 
-    def evaluate(self, model: Llama) -> Record:
-        """`eval/validation.<source>/…` of every source, and `eval/validation/…` over all their targets."""
-        model.eval()
-        tallies = {name: self._tally(model, name, manifest) for name, manifest in self._manifests.items()}
-        model.train()
+    def evaluate(self, model: Llama, *, keep_going: Callable[[], bool] = lambda: True) -> Record | None:
+        """`eval/validation.<source>/…` of every source, and `eval/validation/…` over all their targets.
+
+        None if `keep_going`, asked before every batch, says no.
+        """
         record: Record = {}
-        for name, tally in tallies.items():
+        pooled = Tally()
+        model.eval()
+        for name, manifest in self._manifests.items():
+            tally = self._tally(model, name, manifest, keep_going)
+            if tally is None:
+                break
             record.update(tally.metrics(f"validation.{name}"))
-        return {**record, **sum(tallies.values(), Tally()).metrics("validation")}
+            pooled += tally
+        else:
+            record.update(pooled.metrics("validation"))
+        model.train()
+        return record if "eval/validation/loss" in record else None
 
     @torch.no_grad()
-    def _tally(self, model: Llama, name: str, manifest: Manifest) -> Tally:
+    def _tally(self, model: Llama, name: str, manifest: Manifest, keep_going: Callable[[], bool]) -> Tally | None:
         tally = Tally()
         loss = torch.zeros((), dtype=torch.float64, device=self._device)
         rows = windows(
@@ -153,6 +162,8 @@ class Validation:
         total = min(manifest.tokens(SPLIT), self._settings.max_tokens or manifest.tokens(SPLIT))
         with tqdm(total=total, desc=f"validating {name}", unit="tok", leave=False, disable=None) as bar:
             while batch := list(islice(rows, self._settings.micro_batch)):
+                if not keep_going():
+                    return None
                 inputs = np.stack([window.inputs for window in batch])
                 targets = np.stack([window.targets for window in batch])
                 lengths = [n for window in batch for n in window.document_lengths]

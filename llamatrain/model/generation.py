@@ -22,12 +22,14 @@ def generate(
     temperature: float = 0.8,
     top_p: float = 0.95,
     eos_id: int | None = None,
+    vocab_size: int | None = None,
     seed: int = 0,
 ) -> list[list[int]]:
     """The new tokens of each prompt: up to max_new_tokens, ending with eos_id where the model wrote it.
 
     temperature 0 takes the likeliest token; above, tokens are drawn from the fewest likeliest that together
-    have the probability top_p (1: from all), by a generator seeded with `seed`. Raises ConfigError for no
+    have the probability top_p (1: from all), by a generator seeded with `seed`. Ids from vocab_size on, which the
+    model may have and its tokenizer not, are never written. Raises ConfigError for no
     prompt, an empty one, or more tokens than the model's max_seq_len.
     """
     _check_lengths(prompts, max_new_tokens, model.config.max_seq_len)
@@ -40,7 +42,7 @@ def generate(
     last_position = torch.tensor(ends, device=device) - 1
     done = torch.zeros_like(last_position, dtype=torch.bool)
     for position in range(min(lengths), max(ends)):
-        logits = model(tokens[:, cache.length : position], cache=cache)[:, -1].float()  # [B, V]
+        logits = model(tokens[:, cache.length : position], cache=cache)[:, -1, :vocab_size].float()  # [B, V]
         sampled = next_tokens(logits, temperature=temperature, top_p=top_p, generator=generator)
         tokens[:, position] = torch.where(is_prompt[:, position], tokens[:, position], sampled)
         if eos_id is not None:

@@ -1,5 +1,6 @@
 """Where records go after metrics.jsonl: the console and Weights & Biases. Neither can stop or slow the run."""
 
+import contextlib
 import logging
 import queue
 import threading
@@ -132,11 +133,11 @@ class Wandb:
 
     def close(self) -> None:
         """Let wandb finish what it has, for at most WANDB_FINISH_S seconds."""
+        if self._dropped:
+            log.warning("wandb missed %d records; metrics.jsonl has them", self._dropped)
         if self._thread.is_alive():
-            try:
-                self._queue.put_nowait(None)
-            except queue.Full:
-                return
-            self._thread.join(WANDB_FINISH_S)
+            with contextlib.suppress(queue.Full):  # then it hangs, and the thread is left behind
+                self._queue.put(None, timeout=WANDB_FINISH_S)
+                self._thread.join(WANDB_FINISH_S)
             if self._thread.is_alive():
                 log.warning("wandb did not finish within %.0f s; the run ends without it", WANDB_FINISH_S)

@@ -19,6 +19,7 @@ from tests.small_run import assert_same_run, metrics, saved_steps, small_config,
 
 KILLS = 20
 KILLS_IN_A_SAVE = 8
+MOMENTS = ("saving", "training", "saving", "starting")
 PATIENCE_S = 60
 
 # Children are forked from a server that has torch loaded but has not used it: an attempt starts in no time.
@@ -60,24 +61,27 @@ def saving(run_dir: Path) -> bool:
     return any((run_dir / "checkpoints").glob(f"{TEMPORARY_PREFIX}*"))
 
 
-def kill_once(config: RunConfig, rng: random.Random, *, in_a_save: bool) -> bool:
-    """Start the run and kill it after a few steps; returns whether a save was under way."""
+def kill_once(config: RunConfig, rng: random.Random, when: str) -> bool:
+    """Start the run and kill it, at once or after a few steps; returns whether a save was under way."""
     run_dir = Path(config.run_dir)
-    process = start(config)
     starts = lines(run_dir / "journal.jsonl")
-    wait_for(lambda: lines(run_dir / "journal.jsonl") > starts, process)  # it has resumed, its metrics are cut
-    reached = lines(run_dir / "metrics.jsonl") + rng.randint(1, 8)
-    wait_for(lambda: lines(run_dir / "metrics.jsonl") >= reached, process)
-    if in_a_save:
+    process = start(config)
+    if when == "starting":
+        time.sleep(rng.uniform(0.01, 0.4))
+    else:
+        wait_for(lambda: lines(run_dir / "journal.jsonl") > starts, process)  # it has resumed, its metrics are cut
+        reached = lines(run_dir / "metrics.jsonl") + rng.randint(1, 8)
+        wait_for(lambda: lines(run_dir / "metrics.jsonl") >= reached, process)
+    if when == "saving":
         wait_for(lambda: saving(run_dir), process)
         time.sleep(rng.uniform(0, 0.03))
-    else:
+    elif when == "training":
         time.sleep(rng.uniform(0, 0.1))
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    return saving(run_dir)
+    return when != "starting" and saving(run_dir)  # a start may find, and not yet have removed, an earlier one's
 
 
 @pytest.mark.slow
@@ -92,7 +96,7 @@ def test_twenty_kills_end_in_the_bits_of_the_undisturbed_run(
 
     config = config_for(tmp_path / "killed", source)
     rng = random.Random(20)
-    hits = [kill_once(config, rng, in_a_save=attempt % 5 < 3) for attempt in range(KILLS)]
+    hits = [kill_once(config, rng, MOMENTS[attempt % len(MOMENTS)]) for attempt in range(KILLS)]
     with capsys.disabled():
         print(
             f"\n{KILLS} kills, {sum(hits)} of them inside a save, newest checkpoint {saved_steps(config.run_dir)[-1]}"
@@ -107,7 +111,7 @@ def test_twenty_kills_end_in_the_bits_of_the_undisturbed_run(
     steps = [record["step"] for record in metrics(config.run_dir) if "train/loss" in record]
     assert steps == list(range(1, 401))
     attempts = [entry for entry in journal(config.run_dir) if entry["event"] == "start"]
-    assert len(attempts) == KILLS + 1
+    assert len(attempts) <= KILLS + 1  # those killed early did not come to write theirs
 
 
 def journal(run_dir: str | Path) -> list[dict[str, Any]]:

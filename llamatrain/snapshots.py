@@ -1,0 +1,138 @@
+"""What a run is made of, into checkpoints and out of them: weights, optimizer, random state, place in the data.
+
+`restore` takes the newest checkpoint that proves whole and fits; one that does not is told, set aside and passed
+over. The trainer knows when to save, the checkpoint room how to write: this knows what.
+"""
+
+import logging
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llamatrain.checkpoint import commit, store
+from llamatrain.config import RunConfig
+from llamatrain.config.build import build
+from llamatrain.config.resume import differences
+from llamatrain.data.order import DataState
+from llamatrain.data.sources import Source
+from llamatrain.errors import CheckpointError, ConfigError, DataError, UnhealthyRun
+from llamatrain.model.llama import Llama
+from llamatrain.optim.adamw import moment_tensors, set_step_count, step_count
+from llamatrain.run_directory import RunDirectory
+
+log = logging.getLogger("llamatrain")
+
+
+@dataclass
+class Snapshots:
+    """Saves and restores one run. What it holds is filled or read in place."""
+
+    config: RunConfig
+    directory: RunDirectory
+    model: Llama
+    optimizer: torch.optim.AdamW
+    sources: list[Source]
+    environment: dict[str, Any]
+    device: torch.device
+
+    def save(self, step: int, data_state: DataState) -> None:
+        """Write, commit and record the checkpoint of `step`, then prune. Raises CheckpointError."""
+        settings = self.config.checkpoint
+        content = {
+            "tokens": step * self.config.global_batch * self.config.data.seq_len,
+            "mesh": {"world_size": 1},
+            "model": asdict(self.config.model),
+            "config": self.config.as_dict(),
+            "environment": self.environment,
+            "tokenizer_sha256": self.sources[0].manifest.tokenizer_sha256,
+            "data": {"state": data_state.to_json(), "manifests": self._data_identity()},
+            "optimizer": {"step": step_count(self.optimizer)},
+            "guard": {},
+        }
+        groups = {**self._weights_and_moments(), "rng": self._random_states()}
+        path = store.save(self.directory.checkpoints, step, groups, content)
+        self.directory.record("checkpoint", step=step, path=path.name)
+        commit.prune(
+            self.directory.checkpoints, keep_last=settings.keep_last, keep_every_steps=settings.keep_every_steps
+        )
+
+    def restore(self) -> tuple[int, DataState] | None:
+        """Load the newest checkpoint that can be used; its step and data state, or None if the run has none yet.
+
+        Raises UnhealthyRun if checkpoints were committed and none of them can be used, DataError if the run was
+        started on other data.
+        """
+        root = self.directory.checkpoints
+        commit.clean(root)
+        refused = []
+        for checkpoint in commit.list_checkpoints(root):
+            try:
+                manifest = store.open_checkpoint(checkpoint, hashes=self.config.checkpoint.verify_hashes)
+                restored = self._load(manifest, store.Reader(checkpoint, manifest))
+            except CheckpointError as error:
+                log.warning("passing over a checkpoint: %s", error)
+                refused.append((checkpoint, str(error)))
+                continue
+            for other, reason in refused:
+                aside = commit.set_aside(other)
+                self.directory.record("refused", path=other.name, reason=reason, moved_to=aside.name)
+            log.info("resuming from %s", checkpoint)
+            return restored
+        if refused or self.directory.events("checkpoint"):
+            reason = refused[0][1] if refused else "they are gone"
+            raise UnhealthyRun(
+                f"{root}: checkpoints were written, none can be used: {reason}; restore one, or start anew with name=…"
+            )
+        log.info("%s has no checkpoint: starting at step 0", self.directory.path)
+        return None
+
+    def _load(self, manifest: commit.Manifest, reader: store.Reader) -> tuple[int, DataState]:
+        try:
+            step, updates = int(manifest["step"]), int(manifest["optimizer"]["step"])
+            data_state = DataState.from_json(manifest["data"]["state"])
+            identity = dict(manifest["data"]["manifests"])
+            earlier = build(RunConfig, manifest["config"])
+        except (KeyError, TypeError, ValueError, DataError) as error:
+            raise CheckpointError(f"{reader.checkpoint}: a field of the manifest cannot be used ({error})") from None
+        try:
+            differences(self.config, earlier)
+        except ConfigError as error:
+            raise CheckpointError(f"{reader.checkpoint}: it is of another run: {error}") from None
+        for group, tensors in self._weights_and_moments().items():
+            reader.fill(group, tensors)
+        self._check_data(identity)
+        self._load_random_states(reader)
+        set_step_count(self.optimizer, updates)
+        return step, data_state
+
+    def _check_data(self, identity: dict[str, str]) -> None:
+        for name, sha256 in self._data_identity().items():
+            if identity.get(name) != sha256:
+                raise DataError(
+                    f"data.sources.{name}: its data set is not the one the run was started on; "
+                    "give the path of that one, or start another run with name=…"
+                )
+
+    def _data_identity(self) -> dict[str, str]:
+        return {source.name: source.manifest.hash for source in self.sources}
+
+    def _weights_and_moments(self) -> dict[str, dict[str, Tensor]]:
+        parameters = dict(self.model.named_parameters())
+        return {"model": dict(parameters), "optimizer": moment_tensors(self.optimizer, parameters.items())}
+
+    def _random_states(self) -> dict[str, Tensor]:
+        states = {"rank00000.cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            states["rank00000.cuda"] = torch.cuda.get_rng_state(self.device)
+        return states
+
+    def _load_random_states(self, reader: store.Reader) -> None:
+        """Nothing in training draws from these generators; a run moved to another device starts theirs anew."""
+        states = {name: state for name, state in self._random_states().items() if name in reader.names("rng")}
+        reader.fill("rng", states, partly=True)
+        if "rank00000.cpu" in states:
+            torch.set_rng_state(states["rank00000.cpu"])
+        if "rank00000.cuda" in states:
+            torch.cuda.set_rng_state(states["rank00000.cuda"], self.device)
