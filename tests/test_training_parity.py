@@ -87,4 +87,4 @@ def test_the_loss_curve_is_that_of_an_independent_model(tiny_dataset: Callable[.
     expected = train_twin(twin, batches, config)
     assert losses == pytest.approx(expected, rel=TOLERANCE)
     assert losses[0] == pytest.approx(math.log(config.model.vocab_size), rel=0.02)
-    assert losses[-1] < 0.75 * losses[0]  # a curve, not a flat line
+    assert losses[-1] < 0.85 * losses[0]  # a curve, not a flat line
