@@ -88,6 +88,9 @@ def find_inputs(inputs: list[str]) -> list[InputFile]:
                 raise DataError(f"{file.path}: named twice by input={','.join(inputs)}; name every file once")
             seen.add(file.path.resolve())
         files += found
+    archives = [file.name for file in files if ".tar" in file.path.suffixes or file.path.suffix in (".tgz", ".zip")]
+    if archives:
+        raise DataError(f"{archives[0]}: an archive; unpack it, and name the files in it")
     return files
 
 
@@ -255,6 +258,8 @@ def _text_documents(file: InputFile, chunks: Iterator[bytes], separator: str | N
             yield _document(pending[:cut], f"{file.name}#{number}", None)
             number += 1
             pending, searched = pending[cut + len(separator) :], 0
+    if pending and number == 0:
+        print(f"{file.path}: document_separator {separator!r} is not in it: taken as one document", file=sys.stderr)
     if pending:
         yield _document(pending, f"{file.name}#{number}", None)
 

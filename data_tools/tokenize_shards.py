@@ -265,6 +265,9 @@ def _start(directory: Path, identity: dict[str, Any], tokenizer: Tokenizer, *, o
     """The progress to go on from, with everything it does not know of removed."""
     (directory / MANIFEST_FILE).unlink(missing_ok=True)
     progress = Progress.read(directory)
+    if progress is not None and progress.parts == 0:
+        progress.identity = identity  # nothing is committed: settings are free to be corrected
+        progress.write(directory)
     problem = _obstacle(directory, identity, tokenizer, progress)
     if problem and not overwrite:
         raise DataError(f"{directory}: {problem}; set overwrite=true to start again, or another output")

@@ -37,8 +37,8 @@ QUIET = [
     "hydra.run.dir=.",
     "hydra.output_subdir=null",
     "hydra.sweep.dir=runs/multirun",
-    "hydra/job_logging=disabled",
-    "hydra/hydra_logging=disabled",
+    "hydra/job_logging=none",
+    "hydra/hydra_logging=none",
     "hydra/help=llamatrain",
 ]
 

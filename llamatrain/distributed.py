@@ -30,12 +30,12 @@ def check_environment() -> None:
         )
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of that name; `auto` is CUDA where there is one. Raises ConfigError."""
+def choose_device(name: str, *, setting: str) -> torch.device:
+    """The device that `setting` names; `auto` is CUDA where there is one. Raises ConfigError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device=cuda: this machine has no CUDA device; use device=cpu")
+        raise ConfigError(f"{setting}=cuda: this machine has no CUDA device; use {setting}=cpu")
     return torch.device(name)
 
 

@@ -7,6 +7,8 @@ python -m llamatrain.generate checkpoint=… 'prompt=["Once upon a time","The mo
 from llamatrain.cli import run_command
 from llamatrain.config.generate import GenerateConfig, check_generate
 
+DEFAULT_NEW_TOKENS = 128
+
 
 def run(settings: GenerateConfig) -> None:
     """Print each prompt with what the model writes after it."""
@@ -16,14 +18,15 @@ def run(settings: GenerateConfig) -> None:
     from llamatrain.model.generation import generate
 
     assert settings.checkpoint is not None  # checked above
-    device = choose_device(settings.device)
+    device = choose_device(settings.device, setting="device")
     dtype = PRECISIONS[choose_precision(settings.precision, device)]
     model, tokenizer = load_model_for_inference(settings.checkpoint, device, compute_dtype=dtype)
     prompts = [tokenizer.encode(text, bos=True) for text in settings.prompts]
+    room = model.config.max_seq_len - max(map(len, prompts))
     continuations = generate(
         model,
         prompts,
-        max_new_tokens=settings.max_new_tokens,
+        max_new_tokens=settings.max_new_tokens or min(DEFAULT_NEW_TOKENS, max(1, room)),
         temperature=settings.temperature,
         top_p=settings.top_p,
         eos_id=tokenizer.eos_id,

@@ -51,8 +51,10 @@ class RunDirectory:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            worker = read_status(self.path) or {"pid": "?", "host": "?"}
             raise ConfigError(
-                f"run_dir={path}: another process trains there; stop it, or choose another name= or run_dir="
+                f"run_dir={path}: another process trains there (pid {worker['pid']} on {worker['host']}, if its status "
+                "is current); stop it, or choose another name= or run_dir="
             ) from None
         self.attempt = attempt_id()
         self._last_heartbeat = 0.0

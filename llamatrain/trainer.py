@@ -85,7 +85,7 @@ def settle(config: RunConfig, directory: RunDirectory) -> RunConfig:
         config = keep_auto_choices(config, earlier)
         for key, (old, new) in differences(config, earlier).items():
             log.info("%s was %s when the run started, is %s from here on", key, old, new)
-    device = choose_device(config.train.device)
+    device = choose_device(config.train.device, setting="train.device")
     train = replace(config.train, device=device.type, precision=choose_precision(config.train.precision, device))
     model = replace(config.model, attention=resolve_backend(config.model.attention, device))
     return replace(config, train=train, model=model)
@@ -144,6 +144,13 @@ class Trainer:
         check_tokenizers(sources, tokenizer.sha256)
         for source in sources:
             log.info(source.describe())
+        if tokenizer.vocab_size < self.config.model.vocab_size:
+            log.info(
+                "the tokenizer has %d ids, the model %d: model.vocab_size=%d would save the rest",
+                tokenizer.vocab_size,
+                self.config.model.vocab_size,
+                tokenizer.vocab_size,
+            )
         return tokenizer, sources
 
     def _mixture(self) -> dict[str, int]:

@@ -219,6 +219,7 @@ def test_a_sweep_gives_each_job_a_directory_of_its_own(tiny_dataset: Callable[..
         cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count("done: step 2 of 2") == 2  # every job is heard
     runs = sorted((tmp_path / "runs" / "sweep").iterdir())
     assert len(runs) == 2
     assert [path.name for path in runs] == ["optim.lr=0.0001", "optim.lr=0.0002"]

@@ -53,7 +53,7 @@ def test_plain_values_become_the_dataclasses_and_back() -> None:
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
-        ({"model": {"dim": 100}}, r"model\.dim=100 .*model\.dim=96"),
+        ({"model": {"dim": 100}}, r"model\.dim=100 .*model\.dim=128"),
         ({"model": {"n_kv_heads": 5}}, r"model\.n_kv_heads=5 must divide .*\[1, 2, 4, 8, 16, 32\]"),
         ({"model": {"dim": 96}}, "even width"),
         ({"model": {"attention": "flash"}}, r"model\.attention=flash: choose one of auto, xformers"),

@@ -1,5 +1,6 @@
 """Documents in, token shards out: nothing lost, nothing held out seen, and the same bytes however it went."""
 
+import dataclasses
 import gzip
 import json
 import os
@@ -470,6 +471,35 @@ def test_contents_that_contradict_the_manifest_are_found(
         return
     with pytest.raises(DataError, match=message):
         verify_shards(VerifyShardsSettings(path=str(directory)))
+
+
+def test_a_tokenization_that_committed_nothing_may_be_corrected(tiny_tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"text": "a text"}\n')
+    wrong = TokenizeShardsSettings(
+        source="web",
+        input=str(tmp_path / "in.jsonl"),
+        tokenizer=str(tiny_tokenizer),
+        output=str(tmp_path / "out"),
+        text_field="content",
+        workers=1,
+    )
+    with pytest.raises(DataError, match="the field 'content' is missing"):
+        tokenize_shards(wrong)
+    tokenize_shards(dataclasses.replace(wrong, text_field="text"))
+    assert read_manifest(tmp_path / "out").documents["train"] == 1
+
+
+def test_an_archive_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "corpus.tar.zst").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"corpus\.tar\.zst: an archive; unpack it"):
+        find_inputs([str(tmp_path)])
+
+
+def test_a_separator_that_does_not_occur_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in.txt").write_text("one\n\ntwo")
+    corpus = Corpus(find_inputs([str(tmp_path / "in.txt")]), ReadOptions(document_separator="<|end|>"))
+    assert len(list(corpus.documents())) == 1
+    assert "document_separator '<|end|>' is not in it" in capsys.readouterr().err
 
 
 # The standard library as a corpus, and the command line

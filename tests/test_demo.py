@@ -54,3 +54,16 @@ def test_it_fails_when_the_model_learned_too_little(finished: list[list[str]]) -
     write_records(4.9)
     with pytest.raises(SystemExit, match=r"the model ends 1\.100 nats under the unigram entropy, less than 1\.2"):
         demo.main()
+
+
+@pytest.mark.parametrize(("state", "leaves"), [("done", False), ("preempted", True)])
+def test_it_leaves_where_training_was_stopped(
+    state: str, leaves: bool, finished: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (demo.RUN / "status.json").write_text(json.dumps({"state": state, "step": 7, "reason": "SIGINT"}))
+    if leaves:
+        with pytest.raises(SystemExit):
+            demo.leave_if_stopped()
+        assert "stopped at step 7 (SIGINT); make demo goes on from there" in capsys.readouterr().out
+    else:
+        demo.leave_if_stopped()

@@ -498,5 +498,5 @@ def test_ids_the_tokenizer_lacks_are_never_written(
 
 
 def test_generating_from_nothing_names_it(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="neither a checkpoint nor a run directory with one"):
+    with pytest.raises(ConfigError, match="neither a checkpoint nor a run directory with one"):
         generate.run(GenerateConfig(checkpoint=str(tmp_path), prompt="x"))

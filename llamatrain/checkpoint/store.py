@@ -159,12 +159,12 @@ class Reader:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """A checkpoint directory itself, or the newest of a run directory. Raises CheckpointError."""
+    """A checkpoint directory itself, or the newest of a run directory. Raises ConfigError."""
     if (path / commit.MANIFEST_FILE).is_file():
         return path
     checkpoints = commit.list_checkpoints(path / "checkpoints")
     if not checkpoints:
-        raise CheckpointError(f"{path}: neither a checkpoint nor a run directory with one")
+        raise ConfigError(f"checkpoint={path}: neither a checkpoint nor a run directory with one")
     return checkpoints[0]
 
 

@@ -10,7 +10,7 @@ from llamatrain.errors import ConfigError
 class GenerateConfig:
     checkpoint: str | None = None  # a run's directory (its newest checkpoint) or one step-… directory
     prompt: str | list[str] = ""  # a text, or a list of texts
-    max_new_tokens: int = 128  # per prompt
+    max_new_tokens: int | None = None  # per prompt; null: 128, or as many as the model's length leaves
     temperature: float = 0.8  # 0: always the likeliest token
     top_p: float = 0.95  # draw from the fewest likeliest tokens that hold this probability; 1: from all
     seed: int = 0
@@ -30,7 +30,7 @@ def check_generate(config: GenerateConfig) -> None:
         raise ConfigError("prompt=[]: give a text, or a list like prompt=[one,two]")
     if not 0 <= config.seed < 2**63:
         raise ConfigError(f"seed={config.seed}: must lie in [0, 2^63)")
-    if config.max_new_tokens < 1:
+    if config.max_new_tokens is not None and config.max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens={config.max_new_tokens}: must be at least 1")
     if not config.temperature >= 0:
         raise ConfigError(f"temperature={config.temperature}: must be 0 (take the likeliest token) or more")

@@ -51,7 +51,8 @@ def check_model(model: ModelConfig) -> None:
     if model.ffn_dim is not None and model.ffn_dim < 1:
         raise ConfigError(f"model.ffn_dim={model.ffn_dim}: must be at least 1, or null to derive it from model.dim")
     if model.dim % model.n_heads:
-        nearest = round(model.dim / model.n_heads) * model.n_heads
+        unit = 2 * model.n_heads  # heads of an even width
+        nearest = max(1, round(model.dim / unit)) * unit
         raise ConfigError(
             f"model.dim={model.dim} does not divide into model.n_heads={model.n_heads} heads; "
             f"the nearest that does is model.dim={nearest}"

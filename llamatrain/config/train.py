@@ -24,7 +24,7 @@ class TrainConfig:
 def check_train(train: TrainConfig) -> None:
     """Raises ConfigError."""
     if (train.steps is None) == (train.tokens is None):
-        raise ConfigError("give the run's length as one of train.steps=N and train.tokens=N")
+        raise ConfigError("give the run's length as one of train.steps=N and train.tokens=N, and set the other to null")
     for name in ("steps", "tokens", "global_batch_tokens", "micro_batch", "stop_after_step"):
         value = getattr(train, name)
         if value is not None and value < 1:

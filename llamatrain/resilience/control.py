@@ -4,6 +4,7 @@ A signal sets a flag; the loop looks at it at the end of every step, saves and l
 torch is still loading is therefore kept, and honoured after the first step.
 """
 
+import os
 import signal
 from types import FrameType
 
@@ -24,4 +25,6 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.reason is not None:
             raise KeyboardInterrupt
+        if self.reason is None:
+            os.write(2, b"\nstopping at the end of this step; Ctrl-C again interrupts at once\n")
         self.reason = signal.Signals(number).name
