@@ -40,7 +40,7 @@ LARGEST_SHOWN = 5
 @dataclass
 class StdlibCorpusSettings:
     output: str = "???"  # directory for code.jsonl.zst and docs.jsonl.zst
-    library: str | None = None  # directory of a standard library; null: that of the Python that runs
+    stdlib: str | None = None  # directory of a standard library; null: that of the Python that runs
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,11 @@ def stdlib_corpus(settings: StdlibCorpusSettings) -> None:
     """Write the two files and print their sizes. Raises ConfigError and DataError."""
     if settings.output in ("", "???"):
         raise ConfigError("output is not set: output=DIRECTORY")
-    library = Path(settings.library or sysconfig.get_path("stdlib"))
+    library = Path(settings.stdlib or sysconfig.get_path("stdlib"))
     counts: Counter[str] = Counter()
     sources = list(_read_sources(library, counts))
     if not sources:
-        raise DataError(f"{library}: no .py files there; name a standard library with library=DIRECTORY")
+        raise DataError(f"{library}: no .py files there; name a standard library with stdlib=DIRECTORY")
     output = Path(settings.output)
     code = [_record(source.text, source.name, source.group, "python-code") for source in sources]
     docs = [*_topics(library), *_docstrings(sources, counts)]

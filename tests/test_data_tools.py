@@ -532,7 +532,7 @@ def test_the_library_corpus_holds_code_and_documentation_by_module(
     small_library: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for output in ("a", "b"):
-        stdlib_corpus(StdlibCorpusSettings(output=str(tmp_path / output), library=str(small_library)))
+        stdlib_corpus(StdlibCorpusSettings(output=str(tmp_path / output), stdlib=str(small_library)))
     assert _files_of(tmp_path / "a") == _files_of(tmp_path / "b")
     code, docs = _read(tmp_path / "a" / "code.jsonl.zst"), _read(tmp_path / "a" / "docs.jsonl.zst")
     groups = [("alpha/__init__.py", "alpha"), ("alpha/inner.py", "alpha"), ("beta.py", "beta"), ("broken.py", "broken")]
@@ -559,7 +559,7 @@ def _command(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_commands_work_from_the_command_line(small_library: Path, tmp_path: Path, tiny_tokenizer: Path) -> None:
     corpus, output = tmp_path / "corpus", tmp_path / "out"
-    made = _command("stdlib_corpus", f"output={corpus}", f"library={small_library}")
+    made = _command("stdlib_corpus", f"output={corpus}", f"stdlib={small_library}")
     assert made.returncode == 0, made.stderr
     inputs = f"input=[{corpus}/code.jsonl.zst,{corpus}/docs.jsonl.zst]"
     written = _command(
