@@ -27,6 +27,7 @@ from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from llamatrain.config.build import build, text_keys
 from llamatrain.errors import ConfigError, LlamatrainError
+from llamatrain.process import write_error_file
 
 T = TypeVar("T")
 
@@ -74,13 +75,17 @@ def run_command(schema: type[T], config_name: str, function: Callable[[T], None]
     directory = (config_directory() / config_name).parent
     groups = {path.name for path in directory.iterdir() if path.is_dir()}
     sys.argv[1:] = command_line(sys.argv[1:], groups=groups, texts=text_keys(schema))
+    sweeping = [argument for argument in sys.argv[1:] if argument in ("-m", "--multirun")]
+    if sweeping and os.environ.get("WORLD_SIZE"):
+        refusal = f"{sweeping[0]} under torchrun: every job of a sweep needs processes of its own; sweep without it"
+        _fail(refusal, ConfigError.exit_code)
     swept = {argument.partition("=")[0].lstrip("+") for argument in sys.argv[1:] if is_sweep(argument)}
 
     def job(composed: DictConfig) -> None:
         try:
             function(build(schema, plain_values(composed, swept)))
         except LlamatrainError as error:
-            _fail(str(error), error.exit_code)
+            _fail(str(error), error.exit_code, speaks_for_all=error.speaks_for_all)
         except InterpolationKeyError as error:
             hint = r"${…} means another setting; write \${…} for the characters themselves"
             _fail(f"{str(error).splitlines()[0]}: {hint}", ConfigError.exit_code)
@@ -190,8 +195,12 @@ def _missing_option(error: MissingConfigException) -> str:
     return f"{group}={option}: there is no such choice; {hint}conf/{group} has {', '.join(options)}"
 
 
-def _fail(message: str, exit_code: int) -> None:
+def _fail(message: str, exit_code: int, *, speaks_for_all: bool = False) -> None:
+    """Exit with a message; of many ranks that fail alike, rank 0 prints it, and torchrun hears it from each."""
     if os.environ.get("LLAMATRAIN_TRACEBACK") == "1":
         traceback.print_exc()
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    write_error_file(message)
+    torchrun_tells = "TORCHELASTIC_ERROR_FILE" in os.environ
+    if speaks_for_all or os.environ.get("RANK", "0") == "0" or not torchrun_tells:
+        print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(exit_code)

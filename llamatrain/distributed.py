@@ -1,86 +1,242 @@
-"""The process's device and what the machine is. One process for now: ranks are plain arguments everywhere else."""
+"""The processes of a run, seen from one of them: how they meet, agree, and tell who failed first.
 
+Two process groups: torch's default one, on which steps communicate (NCCL or gloo), and `control`, always gloo, on
+which the hosts agree. One process alone has neither, and every method here is then the identity.
+
+A launcher that restarts workers hands them the key-value store of the attempt before, in which keys of dead
+processes still stand; torch would read addresses there at which nobody listens any more (docs/design.md). So the
+ranks first agree, in a way that stale keys cannot disturb, on a name that nobody used before, and put everything
+under it.
+"""
+
+import json
 import os
-import platform
 import socket
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from llamatrain.errors import ConfigError
-from llamatrain.version import VERSION
+from llamatrain.config.parallel import ParallelConfig
+from llamatrain.errors import ConfigError, DistributedError, LlamatrainError
+from llamatrain.files import sha256_of_json
+from llamatrain.process import Process
 
-MINIMUM_TORCH = (2, 11)
-PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+T = TypeVar("T")
+
+PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # gloo's words for it
+POLL_S = 0.02  # between two looks at the store while the ranks meet
 
 
-def check_environment() -> None:
-    """Refuse a torch that is too old, and a launch on several processes. Raises ConfigError."""
-    release = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    if release < MINIMUM_TORCH:
-        raise ConfigError(
-            f"torch {torch.__version__} is installed; llamatrain needs torch >= "
-            f"{'.'.join(map(str, MINIMUM_TORCH))}: pip install 'torch>={'.'.join(map(str, MINIMUM_TORCH))}'"
+class World:
+    """All processes of the run; alone until `join`."""
+
+    def __init__(self, process: Process | None = None) -> None:
+        self.process = process or Process()
+        self.control: dist.ProcessGroup | None = None  # gloo, for agreements between the hosts
+        self._store: dist.Store | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.process.rank
+
+    @property
+    def size(self) -> int:
+        return self.process.world_size
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0."""
+        return self.process.leads
+
+    def join(self, settings: ParallelConfig) -> None:
+        """Meet the other ranks and make the process groups. Raises DistributedError if some do not come."""
+        if self.size == 1:
+            return
+        host_timeout = timedelta(seconds=settings.host_timeout_s)
+        self._store = meet(self.process, timeout=host_timeout)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+            store=self._store,
+            rank=self.rank,
+            world_size=self.size,
+            timeout=timedelta(seconds=settings.timeout_s),
         )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(
-            f"started on {os.environ['WORLD_SIZE']} processes; this version trains in one: "
-            "run python -m llamatrain.train without torchrun"
+        self.control = dist.new_group(backend="gloo", timeout=host_timeout)
+
+    def leave(self) -> None:
+        """Part in order, at the end of a run; after a failure processes just end."""
+        if self.control is not None:
+            dist.barrier(self.control)
+            dist.destroy_process_group()
+            self.control = None
+
+    # ------------------------------------------------------------------ agreements between the hosts
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in the order of ranks, on every rank."""
+        if self.control is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def gather_to_leader(self, value: T) -> list[T] | None:
+        """Every rank's value, in the order of ranks, on rank 0; None elsewhere. For what is long."""
+        if self.control is None:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.leads else None
+        dist.gather_object(value, values, dst=0, group=self.control)
+        return values
+
+    def decide(self, choose: Callable[[], T]) -> T:
+        """What `choose` returns on rank 0, the only one to call it; the LlamatrainError it raises, all raise."""
+        if self.control is None:
+            return choose()
+        answer: list[Any] = [None, None]
+        if self.leads:
+            try:
+                answer[0] = choose()
+            except LlamatrainError as error:
+                answer[1] = error
+        dist.broadcast_object_list(answer, src=0, group=self.control)
+        if answer[1] is not None:
+            raise answer[1]
+        choice: T = answer[0]
+        return choice
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What every rank does at the same time: if some raise a LlamatrainError, all raise the lowest rank's."""
+        own: LlamatrainError | None = None
+        try:
+            yield
+        except LlamatrainError as error:
+            own = error
+        for rank, raised in enumerate(self.gather(own)):
+            if raised is not None:
+                raise own if own is not None and rank == self.rank else raised
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Add up a device tensor over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def check_same(self, what: str, values: Mapping[str, Any]) -> None:
+        """Raises ConfigError naming the first rank, and the keys, whose values differ from rank 0's."""
+        if len(set(self.gather(sha256_of_json(values)))) == 1:
+            return
+        host = socket.gethostname()
+        (_, first), *others = self.gather((host, dict(values)))
+        rank, (host, other) = next((r, o) for r, o in enumerate(others, start=1) if o[1] != first)
+        keys = [key for key in {**first, **other} if first.get(key) != other.get(key)]
+        told = "; ".join(f"{key} is {other.get(key)} there, {first.get(key)} on rank 0" for key in keys)
+        raise ConfigError(f"rank {rank} on {host} has another {what}: {told}; start all ranks with the same command")
+
+    # ------------------------------------------------------------------ failure
+
+    def first_failure(self, error: BaseException) -> "Failure":
+        """The failure that came first in the run: this one, unless another rank has told of its own before."""
+        mine = Failure.of(error, rank=self.rank)
+        if self._store is None:
+            return mine
+        try:
+            told = self._store.compare_set("failure", "", json.dumps(asdict(mine)))
+            return Failure(**json.loads(told))
+        except Exception:  # the store went with its process: whoever was first, this one knows only itself
+            return mine
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What went wrong on a rank, as all ranks report it."""
+
+    rank: int
+    host: str
+    message: str
+    exit_code: int
+    trace: str
+
+    @classmethod
+    def of(cls, error: BaseException, *, rank: int) -> "Failure":
+        meant_for_users = isinstance(error, LlamatrainError)
+        message = str(error) if meant_for_users else f"{type(error).__name__}: {error}"
+        if any(words in message for words in PEER_LOST):
+            message = f"another rank is gone without a word; what this one noticed: {message}"
+        trace = "".join(traceback.format_exception(error))
+        exit_code = error.exit_code if isinstance(error, LlamatrainError) else 1
+        return cls(rank, socket.gethostname(), message, exit_code, trace)
+
+
+def meet(process: Process, *, timeout: timedelta) -> dist.Store:
+    """A store under a name that these very processes agreed on. Raises DistributedError naming the ranks missing.
+
+    Each rank announces a word of its own, and rank 0 answers each word with the name; an answer to a word of a
+    dead process helps nobody and is repeated for the new one, and who has read the name says so under it.
+    """
+    host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    hosts_store = process.leads and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        store = dist.TCPStore(
+            host, int(port), is_master=hosts_store, timeout=timeout, wait_for_workers=False, multi_tenant=True
         )
+        name = _call_roll(store, process, timeout) if process.leads else _answer(store, process, timeout)
+    except (RuntimeError, ValueError) as error:  # what torch's store raises when nobody answers
+        raise DistributedError(
+            f"rank {process.rank} on {socket.gethostname()} cannot meet the others at {host}:{port} within "
+            f"{timeout.total_seconds():.0f} s ({str(error).splitlines()[0]}); are all nodes started, and can they "
+            "reach that address?"
+        ) from None
+    return dist.PrefixStore(name, store)
 
 
-def choose_device(name: str, *, setting: str) -> torch.device:
-    """The device that `setting` names; `auto` is CUDA where there is one. Raises ConfigError."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"{setting}=cuda: this machine has no CUDA device; use {setting}=cpu")
-    return torch.device(name)
-
-
-def be_deterministic() -> None:
-    """Make CUDA bitwise repeatable, at a cost; on CPU everything is already."""
-    # cuBLAS is repeatable only with a fixed workspace, read when its first handle is made
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-
-
-def choose_precision(name: str, device: torch.device) -> str:
-    """`train.precision` with `auto` decided: bf16 on CUDA, fp32 on CPU."""
-    if name == "auto":
-        return "bf16" if device.type == "cuda" else "fp32"
+def _call_roll(store: dist.Store, process: Process, timeout: timedelta) -> str:
+    name = f"llamatrain/{uuid.uuid4().hex}"
+    answered: dict[int, bytes] = {}
+    missing = set(range(1, process.world_size))
+    deadline = time.monotonic() + timeout.total_seconds()
+    while missing:
+        for rank in sorted(missing):
+            if store.check([f"llamatrain/word/{rank}"]):
+                word = store.get(f"llamatrain/word/{rank}")
+                if answered.get(rank) != word:
+                    store.set(f"llamatrain/answer/{word.decode()}", name)
+                    answered[rank] = word
+            if store.check([f"{name}/here/{rank}"]):
+                missing.discard(rank)
+        if missing and time.monotonic() > deadline:
+            ranks = ", ".join(map(str, sorted(missing)[:8])) + (" and others" if len(missing) > 8 else "")
+            raise DistributedError(
+                f"{len(missing)} of {process.world_size} processes did not come within "
+                f"{timeout.total_seconds():.0f} s: rank {ranks}; look at their nodes, or raise parallel.host_timeout_s"
+            )
+        time.sleep(POLL_S)
     return name
 
 
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+def _answer(store: dist.Store, process: Process, timeout: timedelta) -> str:
+    word = uuid.uuid4().hex
+    store.set(f"llamatrain/word/{process.rank}", word)
+    store.wait([f"llamatrain/answer/{word}"], timeout)
+    name = store.get(f"llamatrain/answer/{word}").decode()
+    store.set(f"{name}/here/{process.rank}", "")
+    return name
 
 
-def memory_gib(device: torch.device) -> float:
-    """Peak memory so far: allocated on a CUDA device, resident of the process on CPU; GiB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def describe_environment(device: torch.device) -> dict[str, Any]:
-    """Versions and machine, for the journal and the checkpoints."""
-    packages: dict[str, str | None] = {}
-    for package in ("torch", "numpy", "sentencepiece", "safetensors", "hydra-core", "xformers", "fairscale"):
-        try:
-            packages[package] = version(package)
-        except PackageNotFoundError:
-            packages[package] = None
-    return {
-        "llamatrain": VERSION,
-        "python": platform.python_version(),
-        "packages": packages,
-        "host": socket.gethostname(),
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        "cuda": torch.version.cuda,
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-    }
+def local_part(tensor: Tensor) -> tuple[Tensor, list[int]]:
+    """The memory of a tensor on this rank, and where that box begins in the whole tensor."""
+    if not isinstance(tensor, DTensor):
+        return tensor, [0] * tensor.dim()
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tensor.to_local(), list(offset)

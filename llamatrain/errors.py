@@ -9,6 +9,7 @@ class LlamatrainError(Exception):
     """An error whose message is meant for the user."""
 
     exit_code = 1
+    speaks_for_all = False  # set where one of many ranks, not necessarily rank 0, tells what ended the run
 
 
 class ConfigError(LlamatrainError):
@@ -33,3 +34,7 @@ class UnhealthyRun(LlamatrainError):
     """A run that must not go on by itself: somebody has to look."""
 
     exit_code = 3
+
+
+class DistributedError(LlamatrainError):
+    """Processes that did not meet, or lost one another: a node or the network, so a launcher may try again."""

@@ -14,7 +14,7 @@ def run(settings: GenerateConfig) -> None:
     """Print each prompt with what the model writes after it."""
     check_generate(settings)
     from llamatrain.checkpoint.store import load_model_for_inference
-    from llamatrain.distributed import PRECISIONS, choose_device, choose_precision
+    from llamatrain.device import PRECISIONS, choose_device, choose_precision
     from llamatrain.model.generation import generate
 
     assert settings.checkpoint is not None  # checked above

@@ -1,9 +1,11 @@
 """The folder of a run: who works in it, what happened to it, how it stands. No torch.
 
 config.yaml     the resolved configuration of the run's first start
-journal.jsonl   one line per event: start, resume, checkpoint, stop, done (append only)
+journal.jsonl   one line per event: start, checkpoint, stop, done (append only)
 status.json     how the run stands now; launch scripts decide from it
 metrics.jsonl   one line per logged step
+control/        a file `stop` or `save` put there asks for that
+logs/           what each rank had to say
 checkpoints/    step-00001234/ …
 lock            held by the process that works here
 """
@@ -13,55 +15,61 @@ import json
 import os
 import socket
 import time
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
 from llamatrain.errors import ConfigError, UnhealthyRun
 from llamatrain.files import fsync_path, write_json_atomically
+from llamatrain.process import attempt_id
 
 STATUS_VERSION = 1
 RUNNING, DONE, PREEMPTED, UNHEALTHY, BAD_INPUT = "running", "done", "preempted", "unhealthy", "bad_input"
+STARTING, TRAINING, VALIDATING, SAVING = "starting", "training", "validating", "saving"
 HEARTBEAT_S = 10.0
-PROCESS_ID = uuid.uuid4().hex[:12]
-
-
-def attempt_id() -> str:
-    """What tells one launch from the next.
-
-    (SLURM job, restart count); or LLAMATRAIN_ATTEMPT, which a launcher that restarts workers sets once; or an id of
-    this process.
-    """
-    if job := os.environ.get("SLURM_JOB_ID"):
-        return f"slurm-{job}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
-    return os.environ.get("LLAMATRAIN_ATTEMPT") or f"process-{PROCESS_ID}"
 
 
 class RunDirectory:
-    """Opens (and makes) the folder and locks it. Raises ConfigError if another process works there."""
+    """Opens (and makes) the folder and locks it. Raises ConfigError if another process works there.
 
-    def __init__(self, path: str | Path) -> None:
+    One process writes there. For the other ranks of its run, `leads=False`: they find their way in the folder, and
+    what they would write is left to rank 0; only a failure they note themselves, as rank 0 may not come to do it.
+    """
+
+    def __init__(self, path: str | Path, *, leads: bool = True, attempt: str | None = None) -> None:
         self.path = Path(path)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / "lock", "a")  # noqa: SIM115 - held until close
-        except OSError as error:
-            raise ConfigError(f"run_dir={path}: cannot be written ({error.strerror})") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            worker = read_status(self.path) or {"pid": "?", "host": "?"}
-            raise ConfigError(
-                f"run_dir={path}: another process trains there (pid {worker['pid']} on {worker['host']}, if its status "
-                "is current); stop it, or choose another name= or run_dir="
-            ) from None
-        self.attempt = attempt_id()
+        self.leads = leads
+        self.attempt = attempt or attempt_id()
         self._last_heartbeat = 0.0
+        self._phase: str | None = None
+        self._journal: TextIO | None = None
+        if leads:
+            self._lock = self._take_lock()
+        elif not self.path.is_dir():
+            raise ConfigError(
+                f"run_dir={path}: not to be seen on {socket.gethostname()}; it must lie where all nodes can write"
+            )
         earlier = read_status(self.path)
         self.was_done = earlier is not None and earlier["state"] == DONE
         self._step = earlier["step"] if earlier else 0
-        self._journal = self._open_journal()
+        if leads:
+            self._journal = self._open_journal()
+
+    def _take_lock(self) -> TextIO:
+        try:
+            (self.path / "control").mkdir(parents=True, exist_ok=True)
+            lock = open(self.path / "lock", "a")  # noqa: SIM115 - held until close
+        except OSError as error:
+            raise ConfigError(f"run_dir={self.path}: cannot be written ({error.strerror})") from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            worker = read_status(self.path) or {"pid": "?", "host": "?"}
+            raise ConfigError(
+                f"run_dir={self.path}: another process trains there (pid {worker['pid']} on {worker['host']}, if its "
+                "status is current); stop it, or choose another name= or run_dir="
+            ) from None
+        return lock
 
     @property
     def _journal_path(self) -> Path:
@@ -79,9 +87,14 @@ class RunDirectory:
     def config(self) -> Path:
         return self.path / "config.yaml"
 
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
     def close(self) -> None:
-        self._journal.close()
-        self._lock.close()
+        if self._journal is not None:
+            self._journal.close()
+            self._lock.close()
 
     def _open_journal(self) -> TextIO:
         try:
@@ -92,23 +105,40 @@ class RunDirectory:
 
     def record(self, event: str, **fields: Any) -> None:
         """Append one event to the journal; it is on disk when this returns."""
+        if self._journal is None:
+            return
         line = {"event": event, "time": time.time(), "attempt": self.attempt, **fields}
         self._journal.write(json.dumps(line) + "\n")
         self._journal.flush()
         os.fsync(self._journal.fileno())
 
-    def events(self, event: str) -> list[dict[str, Any]]:
-        """All journal entries of one kind, oldest first."""
+    def events(self, *kinds: str) -> list[dict[str, Any]]:
+        """All journal entries of these kinds, oldest first."""
         lines = self._journal_path.read_text(encoding="utf-8").splitlines()
-        return [entry for entry in map(json.loads, lines) if entry["event"] == event]
+        return [entry for entry in map(json.loads, lines) if entry["event"] in kinds]
 
-    def set_status(self, state: str, *, step: int | None = None, reason: str | None = None) -> None:
-        """Write status.json, atomically."""
+    def starts_without_progress(self) -> int:
+        """How many starts in a row ended without a checkpoint, an ordered end, or a person's look in between."""
+        count = 0
+        for entry in self.events("start", "checkpoint", "stop", "done", "gave_up"):
+            count = count + 1 if entry["event"] == "start" else 0
+        return count
+
+    def set_status(
+        self, state: str, *, step: int | None = None, reason: str | None = None, phase: str | None = None
+    ) -> None:
+        """Write status.json, atomically; `phase` is what a running run is doing."""
         self._step = self._step if step is None else step
+        self._phase = phase
         self._last_heartbeat = time.monotonic()
+        if self.leads:
+            self._write_status(state, reason)
+
+    def _write_status(self, state: str, reason: str | None) -> None:
         status = {
             "version": STATUS_VERSION,
             "state": state,
+            "phase": self._phase if state == RUNNING else None,
             "step": self._step,
             "reason": reason,
             "attempt": self.attempt,
@@ -118,16 +148,28 @@ class RunDirectory:
         }
         write_json_atomically(self.path / "status.json", status)
 
-    def heartbeat(self, step: int) -> None:
-        """Say that the run is alive and at `step`; writes at most every HEARTBEAT_S seconds."""
+    def heartbeat(self, step: int, *, phase: str = TRAINING) -> None:
+        """Say that the run is alive, where, and at what; written when the phase changes, else every HEARTBEAT_S."""
         self._step = step
-        if time.monotonic() - self._last_heartbeat >= HEARTBEAT_S:
-            self.set_status(RUNNING)
+        if phase != self._phase or time.monotonic() - self._last_heartbeat >= HEARTBEAT_S:
+            self.set_status(RUNNING, phase=phase)
+
+    def note_failure(self, state: str, reason: str) -> None:
+        """Set the status from whichever rank fails first."""
+        self._write_status(state, reason)
 
     def refuse(self, reason: str) -> None:
         """Set the status to bad_input; a run that is done stays done, whatever was typed after it."""
         if not self.was_done:
-            self.set_status(BAD_INPUT, reason=reason)
+            self._write_status(BAD_INPUT, reason)
+
+    def requests(self, name: str) -> bool:
+        """Whether somebody put control/<name> there; only rank 0 looks."""
+        return self.leads and (self.path / "control" / name).exists()
+
+    def clear_request(self, name: str) -> None:
+        if self.leads:
+            (self.path / "control" / name).unlink(missing_ok=True)
 
 
 def read_status(path: str | Path) -> dict[str, Any] | None:

@@ -1,15 +1,17 @@
 """What a run is made of, into checkpoints and out of them: weights, optimizer, random state, place in the data.
 
 `restore` takes the newest checkpoint that proves whole and fits; one that does not is told, set aside and passed
-over. The trainer knows when to save, the checkpoint room how to write: this knows what.
+over. The trainer knows when to save, the checkpoint room how to write: this knows what. All ranks call both together;
+each writes and reads its part, rank 0 decides which checkpoint.
 """
 
 import logging
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llamatrain.checkpoint import commit, store
 from llamatrain.config import RunConfig
@@ -17,8 +19,8 @@ from llamatrain.config.build import build
 from llamatrain.config.resume import differences
 from llamatrain.data.order import DataState
 from llamatrain.data.sources import Source
+from llamatrain.distributed import World
 from llamatrain.errors import CheckpointError, ConfigError, DataError, UnhealthyRun
-from llamatrain.model.llama import Llama
 from llamatrain.optim.adamw import moment_tensors, set_step_count, step_count
 from llamatrain.run_directory import RunDirectory
 
@@ -31,18 +33,19 @@ class Snapshots:
 
     config: RunConfig
     directory: RunDirectory
-    model: Llama
+    parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.AdamW
     sources: list[Source]
     environment: dict[str, Any]
     device: torch.device
+    world: World
 
     def save(self, step: int, data_state: DataState) -> None:
         """Write, commit and record the checkpoint of `step`, then prune. Raises CheckpointError."""
         settings = self.config.checkpoint
         content = {
             "tokens": step * self.config.global_batch * self.config.data.seq_len,
-            "mesh": {"world_size": 1},
+            "mesh": {"world_size": self.world.size, "dp_shard": self.world.size},
             "model": asdict(self.config.model),
             "config": self.config.as_dict(),
             "environment": self.environment,
@@ -51,12 +54,12 @@ class Snapshots:
             "optimizer": {"step": step_count(self.optimizer)},
             "guard": {},
         }
-        groups = {**self._weights_and_moments(), "rng": self._random_states()}
-        path = store.save(self.directory.checkpoints, step, groups, content)
+        groups = {**self.weights_and_moments(), "rng": self._random_states()}
+        root = self.directory.checkpoints
+        path = store.save(root, step, groups, content, world=self.world)
         self.directory.record("checkpoint", step=step, path=path.name)
-        commit.prune(
-            self.directory.checkpoints, keep_last=settings.keep_last, keep_every_steps=settings.keep_every_steps
-        )
+        if self.world.leads:
+            commit.prune(root, keep_last=settings.keep_last, keep_every_steps=settings.keep_every_steps)
 
     def restore(self) -> tuple[int, DataState] | None:
         """Load the newest checkpoint that can be used; its step and data state, or None if the run has none yet.
@@ -64,29 +67,43 @@ class Snapshots:
         Raises UnhealthyRun if checkpoints were committed and none of them can be used, DataError if the run was
         started on other data.
         """
-        root = self.directory.checkpoints
-        commit.clean(root)
-        refused = []
-        for checkpoint in commit.list_checkpoints(root):
+        root, world = self.directory.checkpoints, self.world
+        refused: list[tuple[Path, str]] = []
+        for checkpoint in world.decide(self._candidates):
             try:
-                manifest = store.open_checkpoint(checkpoint, hashes=self.config.checkpoint.verify_hashes)
-                restored = self._load(manifest, store.Reader(checkpoint, manifest))
+                hashes = self.config.checkpoint.verify_hashes
+                manifest = store.open_checkpoint(checkpoint, hashes=hashes, world=world)
+                with world.together():
+                    restored = self._load(manifest, store.Reader(checkpoint, manifest))
             except CheckpointError as error:
                 log.warning("passing over a checkpoint: %s", error)
                 refused.append((checkpoint, str(error)))
                 continue
-            for other, reason in refused:
-                aside = commit.set_aside(other)
-                self.directory.record("refused", path=other.name, reason=reason, moved_to=aside.name)
-            log.info("resuming from %s", checkpoint)
+            if world.leads:
+                self._set_aside(refused)
+            log.info("resuming from %s%s", checkpoint, self._other_ranks(manifest))
             return restored
-        if refused or self.directory.events("checkpoint"):
+        committed = world.decide(lambda: bool(self.directory.events("checkpoint")))
+        if refused or committed:
             reason = refused[0][1] if refused else "they are gone"
             raise UnhealthyRun(
                 f"{root}: checkpoints were written, none can be used: {reason}; restore one, or start anew with name=…"
             )
         log.info("%s has no checkpoint: starting at step 0", self.directory.path)
         return None
+
+    def _candidates(self) -> list[Path]:
+        commit.clean(self.directory.checkpoints)
+        return commit.list_checkpoints(self.directory.checkpoints)
+
+    def _set_aside(self, refused: list[tuple[Path, str]]) -> None:
+        for checkpoint, reason in refused:
+            aside = commit.set_aside(checkpoint)
+            self.directory.record("refused", path=checkpoint.name, reason=reason, moved_to=aside.name)
+
+    def _other_ranks(self, manifest: commit.Manifest) -> str:
+        then = manifest.get("mesh", {}).get("world_size")
+        return "" if then == self.world.size else f", which {then} processes wrote, on {self.world.size}"
 
     def _load(self, manifest: commit.Manifest, reader: store.Reader) -> tuple[int, DataState]:
         try:
@@ -100,7 +117,7 @@ class Snapshots:
             differences(self.config, earlier)
         except ConfigError as error:
             raise CheckpointError(f"{reader.checkpoint}: it is of another run: {error}") from None
-        for group, tensors in self._weights_and_moments().items():
+        for group, tensors in self.weights_and_moments().items():
             reader.fill(group, tensors)
         self._check_data(identity)
         self._load_random_states(reader)
@@ -118,21 +135,23 @@ class Snapshots:
     def _data_identity(self) -> dict[str, str]:
         return {source.name: source.manifest.hash for source in self.sources}
 
-    def _weights_and_moments(self) -> dict[str, dict[str, Tensor]]:
-        parameters = dict(self.model.named_parameters())
-        return {"model": dict(parameters), "optimizer": moment_tensors(self.optimizer, parameters.items())}
+    def weights_and_moments(self) -> dict[str, dict[str, Tensor]]:
+        """What training changes, by group of the checkpoint; the tensors themselves, DTensors where sharded."""
+        moments = moment_tensors(self.optimizer, self.parameters.items())
+        return {"model": dict(self.parameters), "optimizer": moments}
 
     def _random_states(self) -> dict[str, Tensor]:
-        states = {"rank00000.cpu": torch.get_rng_state()}
+        states = {f"rank{self.world.rank:05d}.cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
-            states["rank00000.cuda"] = torch.cuda.get_rng_state(self.device)
+            states[f"rank{self.world.rank:05d}.cuda"] = torch.cuda.get_rng_state(self.device)
         return states
 
     def _load_random_states(self, reader: store.Reader) -> None:
-        """Nothing in training draws from these generators; a run moved to another device starts theirs anew."""
+        """Nothing in training draws from these generators; a rank or a device that is new starts its own anew."""
         states = {name: state for name, state in self._random_states().items() if name in reader.names("rng")}
         reader.fill("rng", states, partly=True)
-        if "rank00000.cpu" in states:
-            torch.set_rng_state(states["rank00000.cpu"])
-        if "rank00000.cuda" in states:
-            torch.cuda.set_rng_state(states["rank00000.cuda"], self.device)
+        for name, state in states.items():
+            if name.endswith(".cuda"):
+                torch.cuda.set_rng_state(state, self.device)
+            else:
+                torch.set_rng_state(state)

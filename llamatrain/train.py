@@ -15,11 +15,15 @@ Every setting is key=value; a group's choice is group=choice (a file of conf/). 
   train.micro_batch=4                       sequences per device per forward
   train.precision=bf16|fp32                 compute precision (weights are fp32)
   train.stop_after_step=N                   save and leave there; the same command without it goes on
+  train.dry_run=true                        one step, save, load: says how much memory it takes, and leaves
   optim.lr=3e-4 optim.warmup_steps=2000     peak rate, warm-up; cosine to optim.min_lr_ratio
   checkpoint.every_steps=1000               saved also at the end, on SIGTERM and on Ctrl-C
   evaluation.every_steps=500                validation loss per source, bits per byte
   logging.every_steps=10 logging.wandb=off|offline|online
   name=NAME run_dir=runs/NAME               where it lives
+  parallel.reshard_after_forward=always|node|never   on many GPUs: memory for fewer gathers
+
+On several GPUs: torchrun --standalone --nproc_per_node 8 -m llamatrain.train … (docs/clusters.md for SLURM).
 
   --cfg job      print the composed configuration and leave      --multirun   a run per combination: optim.lr=1e-4,3e-4
   --info defaults  which files it is composed from               --help       this text
@@ -34,22 +38,27 @@ import sys
 from llamatrain.cli import run_command
 from llamatrain.config import RunConfig, validate
 from llamatrain.errors import ConfigError
+from llamatrain.process import this_process
 from llamatrain.resilience.control import StopRequest
 from llamatrain.run_directory import note_refusal, refuse_same_attempt
 
 
 def train(config: RunConfig) -> None:
     """Check the configuration, then train; signals are caught before torch, which takes seconds to import."""
+    process = this_process()
+    stop = StopRequest(announce=process.leads)
+    stop.install()
     try:
-        validate(config)
+        validate(config, world_size=process.world_size)
     except ConfigError as error:
-        note_refusal(config.run_dir, str(error))
+        if process.leads:
+            note_refusal(config.run_dir, str(error))
         raise
     refuse_same_attempt(config.run_dir)
-    stop = StopRequest()
-    stop.install()
-    from llamatrain.trainer import run
-
+    if config.train.dry_run:
+        from llamatrain.dry_run import run
+    else:
+        from llamatrain.trainer import run
     run(config, stop)
     if stop.reason is not None:
         sys.exit(0)  # the rest of a sweep is to stop too

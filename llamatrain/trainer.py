@@ -1,12 +1,17 @@
 """Composes the parts of a training run, then one loop that reads like the recipe.
 
-Order of composition: settings settled with the run's start → data → model on meta → materialised → initialised
-or loaded → optimizer → loop. What a step does stands in `train_step`; what happens around it in `fit`.
+Order of composition: ranks meet → settings settled with the run's start → data → model on meta → sharded →
+materialised → optimizer → initialised or loaded → loop. What a step does stands in `train_step`; what happens
+around it in `fit`. Every rank runs the same lines; rank 0 alone writes, prints and decides.
 """
 
 import logging
 import math
+import os
+import sys
 import time
+import traceback
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -15,80 +20,165 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from llamatrain.checkpoint import commit
 from llamatrain.config import RunConfig
 from llamatrain.config.build import build
-from llamatrain.config.resume import differences, keep_auto_choices
+from llamatrain.config.resume import differences, flatten, keep_auto_choices
 from llamatrain.data.loader import Batch, Loader
 from llamatrain.data.order import DataState, SampleOrder, describe_rounding, round_weights
 from llamatrain.data.sources import Source, check_tokenizers, open_sources
-from llamatrain.distributed import (
+from llamatrain.device import (
     PRECISIONS,
     be_deterministic,
-    check_environment,
+    check_torch,
     choose_device,
     choose_precision,
     describe_environment,
     device_name,
     memory_gib,
 )
-from llamatrain.errors import CheckpointError, ConfigError, DataError, UnhealthyRun
+from llamatrain.distributed import World
+from llamatrain.errors import CheckpointError, ConfigError, DataError, LlamatrainError, UnhealthyRun
 from llamatrain.evaluation.validation import Validation
 from llamatrain.files import write_bytes_atomically
 from llamatrain.model.attention import resolve_backend
 from llamatrain.model.init import init_weights
 from llamatrain.model.llama import Llama
 from llamatrain.model.loss import cross_entropy_sum
+from llamatrain.observe.rank_log import CONSOLE_FORMAT, RankLog
 from llamatrain.observe.records import MetricsLog, Record
 from llamatrain.observe.sinks import Console, Sink, Wandb, duration
 from llamatrain.observe.throughput import Throughput
 from llamatrain.optim.adamw import build_adamw, set_learning_rate
 from llamatrain.optim.schedule import learning_rate
+from llamatrain.parallel import fsdp
+from llamatrain.process import attempt_id, this_process, write_error_file
+from llamatrain.resilience.agreement import SAVE_FILE, STOP_FILE, Agreement
 from llamatrain.resilience.control import StopRequest
-from llamatrain.run_directory import DONE, PREEMPTED, RUNNING, UNHEALTHY, RunDirectory
+from llamatrain.run_directory import (
+    DONE,
+    PREEMPTED,
+    RUNNING,
+    SAVING,
+    STARTING,
+    TRAINING,
+    UNHEALTHY,
+    VALIDATING,
+    RunDirectory,
+)
 from llamatrain.snapshots import Snapshots
 from llamatrain.tokenizer import TOKENIZER_FILE, Tokenizer
 
 log = logging.getLogger("llamatrain")
 
 
-def run(config: RunConfig, stop: StopRequest) -> None:
-    """Train to the end, or until asked to stop; the run directory says which. Raises LlamatrainError."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-    directory = RunDirectory(config.run_dir)
-    try:
-        check_environment()
-        with ExitStack() as resources:
-            Trainer(settle(config, directory), directory, stop, resources).fit()
-    except (ConfigError, DataError) as error:
-        directory.refuse(str(error))
-        raise
-    except (CheckpointError, UnhealthyRun) as error:
-        directory.set_status(UNHEALTHY, reason=str(error))
-        raise
-    except BaseException as error:
-        directory.set_status(RUNNING, reason=f"{type(error).__name__}: {error}")
-        raise
-    finally:
-        directory.close()
+def run(config: RunConfig, stop: StopRequest, *, work: Callable[["Trainer"], None] | None = None) -> None:
+    """Train to the end, or until asked to stop; the run directory says which. Raises LlamatrainError.
+
+    On many processes every rank calls this. A failure is told by the rank that failed first; the others leave with
+    its exit status. `work` is what is done with the trainer instead of `Trainer.fit`.
+    """
+    logging.basicConfig(level=logging.INFO, format=CONSOLE_FORMAT, force=True)
+    world = World(this_process())
+    world.join(config.parallel)
+    run_on(world, config, stop, work=work)
+    world.leave()
 
 
-def settle(config: RunConfig, directory: RunDirectory) -> RunConfig:
-    """The configuration with every `auto` decided: as at the run's start, or now, if this is the start.
+def run_on(
+    world: World, config: RunConfig, stop: StopRequest, *, work: Callable[["Trainer"], None] | None = None
+) -> None:
+    """`run` on ranks that have met."""
+    with world.together():
+        check_torch()
+    world.check_same("configuration", flatten(config.as_dict()))
+    with ExitStack() as resources:
+        directory = open_run_directory(config, world)
+        resources.callback(directory.close)
+        rank_log = resources.enter_context(RankLog(directory.logs, world.process))
+        try:
+            if not directory.was_done:  # it stays done if what was typed now is refused
+                directory.set_status(RUNNING, phase=STARTING)
+            world.decide(lambda: give_up_if_hopeless(config, directory))
+            with ExitStack() as opened:
+                trainer = Trainer(settle(config, directory, world), directory, stop, world, opened)
+                (work or Trainer.fit)(trainer)
+        except BaseException as error:
+            tell_failure(error, directory, world, rank_log)
+            raise
+
+
+def open_run_directory(config: RunConfig, world: World) -> RunDirectory:
+    """The run's folder, opened by rank 0 for all. Raises ConfigError, also if another rank does not see it."""
+    path, attempt = world.decide(lambda: (os.path.abspath(config.run_dir), attempt_id()))
+    if world.leads:
+        path = config.run_dir
+    with world.together():
+        directory = RunDirectory(path, attempt=attempt) if world.leads else None
+    with world.together():
+        return directory or RunDirectory(path, leads=False, attempt=attempt)
+
+
+def give_up_if_hopeless(config: RunConfig, directory: RunDirectory) -> None:
+    """Raises UnhealthyRun if start after start came to nothing; the next attempt, a person's, counts anew."""
+    starts = directory.starts_without_progress()
+    if starts >= config.train.max_starts_without_progress:
+        directory.record("gave_up", starts=starts)
+        raise UnhealthyRun(
+            f"{config.run_dir}: {starts} starts in a row ended without a checkpoint; see logs/ there for what "
+            "ended them, mend it, and start again (train.max_starts_without_progress allows more)"
+        )
+
+
+def tell_failure(error: BaseException, directory: RunDirectory, world: World, rank_log: RankLog) -> None:
+    """Whichever rank fails first writes the status and gets the console; the others write their log and exit."""
+    failure = world.first_failure(error)
+    trace = "".join(traceback.format_exception(error))
+    reason = f"rank {failure.rank} on {failure.host}: {failure.message}" if world.size > 1 else failure.message
+    write_error_file(reason)
+    if failure.rank != world.rank:
+        rank_log.write(f"{reason}\nThat rank failed first. What this one saw:\n{trace}")
+        sys.exit(failure.exit_code)
+    rank_log.write(trace)
+    if isinstance(error, ConfigError | DataError):
+        directory.refuse(reason)
+    elif isinstance(error, CheckpointError | UnhealthyRun):
+        directory.note_failure(UNHEALTHY, reason)
+    else:
+        directory.note_failure(RUNNING, reason)
+    rank_log.give_console_back()
+    if isinstance(error, LlamatrainError):
+        error.speaks_for_all = True
+
+
+def settle(config: RunConfig, directory: RunDirectory, world: World) -> RunConfig:
+    """The configuration with every `auto` decided: as at the run's start, or now on rank 0, if this is the start.
 
     A run has started when its first checkpoint is there: until then, settings are free to be corrected. Says what
     differs from the start. Raises ConfigError on a structural change.
     """
-    if directory.config.exists() and directory.events("checkpoint"):
-        earlier = started_with(directory.config)
+
+    def the_start() -> RunConfig | None:
+        started = directory.config.exists() and directory.events("checkpoint")
+        return started_with(directory.config) if started else None
+
+    earlier = world.decide(the_start)
+    if earlier is not None:
         config = keep_auto_choices(config, earlier)
         for key, (old, new) in differences(config, earlier).items():
             log.info("%s was %s when the run started, is %s from here on", key, old, new)
-    device = choose_device(config.train.device, setting="train.device")
-    train = replace(config.train, device=device.type, precision=choose_precision(config.train.precision, device))
-    model = replace(config.model, attention=resolve_backend(config.model.attention, device))
-    return replace(config, train=train, model=model)
+    with world.together():
+        device = choose_device(config.train.device, setting="train.device", local_rank=world.process.local_rank)
+    train, model = config.train, config.model
+    precision = choose_precision(train.precision, device)
+    attention = world.decide(lambda: resolve_backend(model.attention, device))
+    return replace(
+        config,
+        train=replace(train, device=device.type, precision=precision),
+        model=replace(model, attention=attention),
+    )
 
 
 def started_with(path: Path) -> RunConfig:
@@ -101,21 +191,27 @@ def started_with(path: Path) -> RunConfig:
 
 
 class Trainer:
-    """One run in one process."""
+    """One run, as one rank of it sees it."""
 
-    def __init__(self, config: RunConfig, directory: RunDirectory, stop: StopRequest, resources: ExitStack) -> None:
+    def __init__(
+        self, config: RunConfig, directory: RunDirectory, stop: StopRequest, world: World, resources: ExitStack
+    ) -> None:
         self.config = config
         self.directory = directory
-        self.stop = stop
-        self.device = torch.device(config.train.device)
+        self.world = world
+        self.device = _current_device(config.train.device)
         torch.manual_seed(config.train.seed)  # nothing in training draws from it; checkpoints hold its state
         if config.train.deterministic:
             be_deterministic()
         environment = describe_environment(self.device)
-        self.tokenizer, self.sources = self._open_data()
-        self.model, self.optimizer = self._build_model()
+        with world.together():
+            self.tokenizer, self.sources = self._open_data()
+        world.check_same("data", {source.name: source.manifest.hash for source in self.sources})
+        self.model = self._build_model()
+        self.parameters = dict(self.model.named_parameters())  # the model's own change while they are gathered
+        self.optimizer = build_adamw(self.parameters.items(), config.optim)
         self.snapshots = Snapshots(
-            config, directory, self.model, self.optimizer, self.sources, environment, self.device
+            config, directory, self.parameters, self.optimizer, self.sources, environment, self.device, world
         )
         restored = self.snapshots.restore()
         self.step, self.data_state = restored or (0, DataState.start(self._mixture()))
@@ -128,17 +224,20 @@ class Trainer:
             seed=config.data.seed,
             segments=self.data_state.segments,
         )
-        self.validation = Validation(config, self.sources, self.tokenizer, self.device)
-        self.metrics = MetricsLog(directory.metrics, resumed_step=self.saved_step)
-        resources.callback(self.metrics.close)
-        self.sinks = self._open_sinks(resources)
-        self.throughput = Throughput(config, device_name=device_name(self.device), world_size=1)
+        self.agreement = Agreement(stop, directory, world)
+        with world.together():
+            self.validation = Validation(config, self.sources, self.tokenizer, self.device, world)
+        self.metrics, self.sinks = self._open_sinks(resources)
+        self.validated_step = world.decide(lambda: self.metrics.validated_step if self.metrics else None)
+        self.throughput = Throughput(config, device_name=device_name(self.device), world_size=world.size)
         self._record_start(environment, resumed_from=self.saved_step)
 
     # ------------------------------------------------------------------ composition
 
     def _open_data(self) -> tuple[Tokenizer, list[Source]]:
         data = self.config.data
+        if not self.world.leads:
+            data = replace(data, verify_hashes=False)  # reading everything once is enough
         sources = open_sources(data, vocab_size=self.config.model.vocab_size)
         tokenizer = Tokenizer(data.tokenizer or sources[0].manifest.directory / TOKENIZER_FILE)
         check_tokenizers(sources, tokenizer.sha256)
@@ -165,19 +264,33 @@ class Trainer:
             directory.path / TOKENIZER_FILE: self.tokenizer.path.read_bytes(),
         }
         for path, content in contents.items():
-            if resumed_from is None or not path.exists():
+            if self.world.leads and (resumed_from is None or not path.exists()):
                 write_bytes_atomically(path, content)
-        directory.record("start", step=self.step, resumed_from=resumed_from, config=config, environment=environment)
+        directory.record(
+            "start",
+            step=self.step,
+            resumed_from=resumed_from,
+            world_size=self.world.size,
+            config=config,
+            environment=environment,
+        )
 
-    def _build_model(self) -> tuple[Llama, torch.optim.AdamW]:
-        config = self.config
+    def _build_model(self) -> Llama:
+        config, world = self.config, self.world
         with torch.device("meta"):
             model = Llama(config.model, compute_dtype=PRECISIONS[config.train.precision])
+        if world.size > 1:
+            mesh = fsdp.data_parallel_mesh(world, self.device)
+            fsdp.shard(model, mesh, config.parallel, ranks_per_node=world.process.local_world_size)
         model.to_empty(device=self.device)
         model.rebuild_rope_tables()
-        return model, build_adamw(model.named_parameters(), config.optim)
+        return model
 
-    def _open_sinks(self, resources: ExitStack) -> list[Sink]:
+    def _open_sinks(self, resources: ExitStack) -> tuple[MetricsLog | None, list[Sink]]:
+        """Where records go; on rank 0 only."""
+        if not self.world.leads:
+            return None, []
+        metrics = MetricsLog(self.directory.metrics, resumed_step=self.saved_step)
         sinks: list[Sink] = [Console(total_steps=self.config.total_steps)]
         if self.config.logging.wandb != "off":
             sinks.append(
@@ -188,49 +301,58 @@ class Trainer:
                     config=self.config.as_dict(),
                 )
             )
-        for sink in sinks:
+        for sink in (metrics, *sinks):
             resources.callback(sink.close)
-        return sinks
+        return metrics, sinks
 
     # ------------------------------------------------------------------ the loop
 
     def fit(self) -> None:
         """Train from the step reached to the last one; validate, log and save on the way."""
-        config = self.config
-        self.directory.set_status(RUNNING, step=self.step)
+        self.directory.set_status(RUNNING, step=self.step, phase=TRAINING)
         self._validate_if_due()
         if self._finished():
             return
-        loader = Loader(
-            self.sources,
-            self.order,
-            self.data_state,
-            seq_len=config.data.seq_len,
-            global_batch=config.global_batch,
-            micro_batch=config.train.micro_batch,
-            prefetch_steps=config.data.prefetch_steps,
-            device=self.device,
-            document_mask=config.data.document_mask,
-        )
         started, first = time.monotonic(), self.step
+        self.agreement.post()
         self.throughput.lap()
-        with loader:
+        with self.open_loader() as loader:
             for batch in loader:
                 loss, grad_norm = self.train_step(batch)
                 self.throughput.step_done(data_wait_s=batch.data_wait_s)
                 self._after_step(batch, loss, grad_norm)
                 if self._finished():
                     break
+        self.agreement.close()
         log.info("%d steps in %s", self.step - first, duration(time.monotonic() - started))
+
+    def open_loader(self) -> Loader:
+        """This rank's batches from the step reached on."""
+        config = self.config
+        return Loader(
+            self.sources,
+            self.order,
+            self.data_state,
+            seq_len=config.data.seq_len,
+            global_batch=config.global_batch,
+            micro_batch=config.train.micro_batch,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            prefetch_steps=config.data.prefetch_steps,
+            device=self.device,
+            document_mask=config.data.document_mask,
+        )
 
     def train_step(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The next update: the batch's gradient, clipped, through AdamW. Nothing is read back to the host.
 
-        Returns the loss and the gradient's norm before clipping, fp32 scalars on the device.
+        Returns the loss and the gradient's norm before clipping, fp32 scalars on the device, the same on all ranks.
         """
         loss = self.accumulate_gradients(batch)
         clip_norm = self.config.optim.clip_norm or math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip_norm)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), clip_norm)
+        if isinstance(grad_norm, DTensor):
+            grad_norm = grad_norm.full_tensor()
         self.step += 1
         set_learning_rate(self.optimizer, self._learning_rate())
         self.optimizer.step()
@@ -239,18 +361,27 @@ class Trainer:
         return loss, grad_norm
 
     def accumulate_gradients(self, batch: Batch) -> Tensor:
-        """Add the gradient of the batch's loss to the parameters'; returns the loss.
+        """Add the gradient of the batch's loss to the parameters'; returns the loss, over all ranks' shares.
 
         The loss is the sum over all targets divided by the number of valid ones in the whole batch, so it does
-        not depend on how the batch is cut into micro-batches.
+        not depend on how the batch is cut into micro-batches, or spread over ranks.
         """
         loss = torch.zeros((), device=self.device)
+        valid_targets = self._valid_targets(batch)
         for inputs, targets, document_lengths in batch.micro_batches():
             logits = self.model(inputs, doc_lengths=document_lengths)
-            micro_loss = cross_entropy_sum(logits, targets) / batch.valid_targets
+            micro_loss = cross_entropy_sum(logits, targets) / valid_targets
             micro_loss.backward()
             loss += micro_loss.detach()
-        return loss
+        return self.world.sum(loss)
+
+    def _valid_targets(self, batch: Batch) -> int | Tensor:
+        """Targets that carry loss in the whole step, over all ranks."""
+        if not self.config.data.document_mask:
+            return batch.valid_targets * self.world.size
+        # filled, not copied, into the device: a copy from the host would wait for the step before
+        own = torch.full((), batch.valid_targets, dtype=torch.int64, device=self.device)
+        return self.world.sum(own)
 
     def _learning_rate(self) -> float:
         return learning_rate(self.step, self.config.optim, schedule_steps=self.config.schedule_steps)
@@ -259,26 +390,29 @@ class Trainer:
         """Log, validate and save where the step is due for it, in this order: records come before their checkpoint."""
         config = self.config
         self.directory.heartbeat(self.step)
+        self.agreement.step_ended()
         logging_due = self._last or self.step % config.logging.every_steps == 0
         saving_due = self._last or self.step % config.checkpoint.every_steps == 0
         if logging_due:
             self._refuse_non_finite(batch, loss, grad_norm)
             self._log(self._training_record(loss, grad_norm))
         self._validate_if_due()
-        if saving_due or self._stop_reason():
+        if saving_due or self.agreement.save_requested or self._stop_reason():
             self._refuse_non_finite(batch, loss, grad_norm)
             self._save()
+        if self.agreement.save_requested:
+            self.agreement.honoured(SAVE_FILE)
 
     @property
     def _last(self) -> bool:
         return self.step >= self.config.total_steps
 
     def _stop_reason(self) -> str | None:
-        """Why to leave before the end, if there is a reason."""
+        """Why to leave before the end, if there is a reason; the same on all ranks."""
         stop_after = self.config.train.stop_after_step
-        if self.stop.reason is None and stop_after is not None and self.step >= stop_after:
+        if self.agreement.stop_reason is None and stop_after is not None and self.step >= stop_after:
             return f"train.stop_after_step={stop_after}"
-        return self.stop.reason
+        return self.agreement.stop_reason
 
     def _finished(self) -> bool:
         """Whether to leave here, with the status that says why; never with a step that is not saved."""
@@ -289,19 +423,22 @@ class Trainer:
             self.directory.record("done", step=self.step)
             self.directory.set_status(DONE, step=self.step)
             log.info("done: step %d of %d, in %s", self.step, self.config.total_steps, self.directory.path)
-            return True
-        if reason is None:
+        elif reason is not None:
+            self.directory.record("stop", step=self.step, reason=reason)
+            self.directory.set_status(PREEMPTED, step=self.step, reason=reason)
+            log.info("stopped at step %d (%s); the same command resumes there", self.step, reason)
+        else:
             return False
-        self.directory.record("stop", step=self.step, reason=reason)
-        self.directory.set_status(PREEMPTED, step=self.step, reason=reason)
-        log.info("stopped at step %d (%s); the same command resumes there", self.step, reason)
+        self.agreement.honoured(STOP_FILE)
         return True
 
     def _save(self) -> None:
         if self.saved_step == self.step:
             return
         started = time.perf_counter()
-        self.metrics.sync()
+        self.directory.heartbeat(self.step, phase=SAVING)
+        if self.metrics is not None:
+            self.metrics.sync()
         self.snapshots.save(self.step, self.data_state)
         self.saved_step = self.step
         seconds = time.perf_counter() - started
@@ -324,14 +461,15 @@ class Trainer:
     def _log(self, fields: Record) -> None:
         tokens = self.step * self.config.global_batch * self.config.data.seq_len
         record = {"step": self.step, "tokens": tokens, "time": time.time(), **fields}
-        self.metrics.write(record)
+        if self.metrics is not None:
+            self.metrics.write(record)
         for sink in self.sinks:
             sink.write(record)
 
     def _validation_due(self) -> bool:
         """Whether this step is to be validated and has not been: a stop may have come in between."""
         every = self.config.evaluation.every_steps
-        return bool(every) and (self._last or self.step % every == 0) and self.metrics.validated_step != self.step
+        return bool(every) and (self._last or self.step % every == 0) and self.validated_step != self.step
 
     def _validate_if_due(self) -> None:
         """Validate; a request to stop breaks it off, and the resumed run begins with it."""
@@ -339,13 +477,16 @@ class Trainer:
             return
         started = time.perf_counter()
         record = self.validation.evaluate(self.model, keep_going=self._keep_validating)
+        fsdp.free_gathered(self.model)
         if record is not None:
             self._log(record)
+            self.validated_step = self.step
         self.throughput.pause(time.perf_counter() - started)
 
     def _keep_validating(self) -> bool:
-        self.directory.heartbeat(self.step)
-        return self.stop.reason is None or self.step == 0  # before step 1 there is nothing to save
+        self.directory.heartbeat(self.step, phase=VALIDATING)
+        self.agreement.look_now()
+        return self.agreement.stop_reason is None or self.step == 0  # before step 1 there is nothing to save
 
     def _refuse_non_finite(self, batch: Batch, loss: Tensor, grad_norm: Tensor) -> None:
         if not (torch.isfinite(loss) & torch.isfinite(grad_norm)).item():
@@ -355,3 +496,7 @@ class Trainer:
                 f"{batch.samples[0]} to {batch.samples[-1]}); nothing was saved from it, the last good checkpoint "
                 f"is {good[0] if good else 'none'}"
             )
+
+
+def _current_device(kind: str) -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)

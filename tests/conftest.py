@@ -50,3 +50,17 @@ def tiny_dataset(tiny_tokenizer: Path) -> Callable[..., Path]:
         return directory
 
     return make
+
+
+@pytest.fixture(scope="session")
+def sources(tiny_dataset: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two data sets with validation splits, of many short documents, so that masks differ from batch to batch."""
+    library = Path(sysconfig.get_path("stdlib"))
+    directory = tmp_path_factory.mktemp("data")
+    functions = (library / "textwrap.py").read_text().split("\n\n")
+    lines = [line for line in (library / "this.py").read_text().splitlines() if line] * 3
+    lines += (library / "calendar.py").read_text().split("\n\n")
+    return {
+        "functions": tiny_dataset("functions", functions, directory / "functions", validation_fraction=0.1),
+        "lines": tiny_dataset("lines", lines, directory / "lines", validation_fraction=0.1),
+    }

@@ -20,9 +20,9 @@ from llamatrain.config import (
     SourceConfig,
     TrainConfig,
 )
+from llamatrain.distributed import World
 from llamatrain.resilience.control import StopRequest
-from llamatrain.run_directory import RunDirectory
-from llamatrain.trainer import Trainer, run, settle
+from llamatrain.trainer import Trainer, open_run_directory, run, settle
 from tests.conftest import TINY_VOCAB
 
 SEQ_LEN = 32
@@ -54,11 +54,12 @@ def train_in_process(config: RunConfig) -> None:
     run(config, StopRequest())
 
 
-def trainer_for(config: RunConfig, resources: ExitStack) -> Trainer:
+def trainer_for(config: RunConfig, resources: ExitStack, world: World | None = None) -> Trainer:
     """A composed trainer that has not taken a step."""
-    directory = RunDirectory(config.run_dir)
+    world = world or World()
+    directory = open_run_directory(config, world)
     resources.callback(directory.close)
-    return Trainer(settle(config, directory), directory, StopRequest(), resources)
+    return Trainer(settle(config, directory, world), directory, StopRequest(), world, resources)
 
 
 def metrics(run_dir: str | Path) -> list[dict[str, Any]]:

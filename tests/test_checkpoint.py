@@ -86,30 +86,145 @@ def test_a_directory_without_a_manifest_is_no_checkpoint(tmp_path: Path) -> None
 
 @given(st.data())
 @settings(max_examples=30, deadline=None)
-def test_a_tensor_is_assembled_from_any_chunks(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_a_box_of_a_tensor_is_assembled_from_any_chunks(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
     rows, columns = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9))
     cuts = sorted({0, rows, *data.draw(st.lists(st.integers(0, rows), max_size=3))})
     halves = sorted({0, columns, data.draw(st.integers(0, columns))})
     tensor = torch.randn(rows, columns)
     checkpoint = save_simple(tmp_path_factory.mktemp("chunks"), weight=tensor)
+    boxes = [(top, bottom, left, right) for top, bottom in pairwise(cuts) for left, right in pairwise(halves)]
     chunks = []
-    for rank, (top, bottom) in enumerate(pairwise(cuts)):
-        file = f"model.rank{rank:05d}.safetensors"
-        pieces = {f"w{left}": tensor[top:bottom, left:right].contiguous() for left, right in pairwise(halves)}
-        save_file(pieces, checkpoint / file)
-        chunks += [
-            {"offset": [top, int(key[1:])], "shape": list(piece.shape), "file": file, "key": key}
-            for key, piece in pieces.items()
-        ]
+    for rank, (top, bottom, left, right) in enumerate(data.draw(st.permutations(boxes))):
+        piece = tensor[top:bottom, left:right].contiguous()
+        save_file({"weight": piece}, checkpoint / store.file_name("model", rank))
+        chunks.append([rank, [top, left], list(piece.shape)])
 
     def cut(manifest: dict[str, Any]) -> None:
         manifest["tensors"]["model"]["weight"]["chunks"] = chunks
-        manifest["files"] = {chunk["file"]: {} for chunk in chunks}
+        manifest["files"] = {store.file_name("model", rank): {} for rank in range(len(chunks))}
 
     edit_manifest(checkpoint, cut)
     found = torch.zeros_like(tensor)
     read_simple(checkpoint, weight=found)
     assert torch.equal(found, tensor)
+
+    (top, bottom), (left, right) = (sorted(data.draw(st.tuples(*[st.integers(0, n)] * 2))) for n in (rows, columns))
+    here = torch.zeros_like(tensor)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "local_part", lambda whole: (whole[top:bottom, left:right], [top, left]))
+        read_simple(checkpoint, weight=here)
+    expected = torch.zeros_like(tensor)
+    expected[top:bottom, left:right] = tensor[top:bottom, left:right]
+    assert torch.equal(here, expected)
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 5)
+    | st.sampled_from([10**30, -(2**63), 0.5, 1e400])
+    | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def places(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The path of every value inside a JSON document."""
+    inside = list(node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ())
+    return [(*path, key) for key, _ in inside] + [p for key, value in inside for p in places(value, (*path, key))]
+
+
+@given(st.data())
+@settings(max_examples=300, deadline=None)
+def test_a_malformed_manifest_is_refused_and_nothing_else_happens(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    weight, scale = torch.arange(12.0).reshape(4, 3), torch.tensor(2.5)
+    checkpoint = save_simple(tmp_path_factory.mktemp("malformed"), weight=weight, scale=scale)
+    path = checkpoint / commit.MANIFEST_FILE
+    manifest = json.loads(path.read_text())
+    del manifest["manifest_sha256"]
+    *way, last = data.draw(st.sampled_from(places(manifest)))
+    node = manifest
+    for key in way:
+        node = node[key]
+    if data.draw(st.integers(0, 4)):
+        node[last] = data.draw(JSON)
+    else:
+        del node[last]
+    path.write_text(json.dumps({**manifest, "manifest_sha256": sha256_of_json(manifest)}))
+    for groups in (None, ["model"]):
+        found = {"weight": torch.zeros(4, 3), "scale": torch.zeros(())}
+        try:
+            opened = store.open_checkpoint(checkpoint, groups=groups)
+            store.Reader(checkpoint, opened).fill("model", found)
+        except CheckpointError:
+            continue
+        assert torch.equal(found["weight"], weight)
+        assert torch.equal(found["scale"], scale)
+
+
+MALFORMED_CHUNKS: dict[str, Any] = {
+    "not a list": {"0": [0, [0, 0], [4, 3]]},
+    "an empty list": [],
+    "too short": [[0, [0, 0]]],
+    "too long": [[0, [0, 0], [4, 3], "weight"]],
+    "a dimension less": [[0, [0], [12]]],
+    "a mapping, as once": [{"offset": [0, 0], "shape": [4, 3], "file": "model.rank00000.safetensors", "key": "weight"}],
+    "a rank that is true": [[False, [0, 0], [4, 3]]],
+    "a rank that is text": [["0", [0, 0], [4, 3]]],
+    "a rank below zero": [[-1, [0, 0], [4, 3]]],
+    "a fraction": [[0, [0, 0], [4.0, 3]]],
+    "beyond the edge": [[0, [1, 0], [4, 3]]],
+    "before the edge": [[0, [-1, 0], [4, 3]]],
+    "negative extents": [[0, [4, 3], [-4, -3]]],
+    "huge": [[0, [0, 0], [10**40, 3]]],
+    "twice": [[0, [0, 0], [4, 3]], [0, [0, 0], [4, 3]]],
+}
+
+
+@pytest.mark.parametrize("kind", MALFORMED_CHUNKS)
+def test_malformed_chunks_are_refused(kind: str, tmp_path: Path) -> None:
+    checkpoint = save_simple(tmp_path)
+    edit_manifest(checkpoint, lambda m: m["tensors"]["model"]["weight"].update(chunks=MALFORMED_CHUNKS[kind]))
+    with pytest.raises(CheckpointError, match=r"chunks of weight"):
+        store.open_checkpoint(checkpoint)
+
+
+def test_a_chunk_of_a_rank_that_wrote_nothing_is_refused(tmp_path: Path) -> None:
+    checkpoint = save_simple(tmp_path)
+    edit_manifest(checkpoint, lambda m: m["tensors"]["model"]["weight"].update(chunks=[[10**9, [0, 0], [4, 3]]]))
+    with pytest.raises(
+        CheckpointError, match=r"lies in model\.rank1000000000\.safetensors, which the manifest does not"
+    ):
+        store.open_checkpoint(checkpoint)
+
+
+def test_a_manifest_nested_beyond_measure_is_refused(tmp_path: Path) -> None:
+    checkpoint = save_simple(tmp_path)
+    (checkpoint / commit.MANIFEST_FILE).write_text('{"format":' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(CheckpointError, match="the manifest cannot be read"):
+        store.open_checkpoint(checkpoint)
+
+
+def test_a_group_that_was_not_proved_cannot_be_read(tmp_path: Path) -> None:
+    weight = torch.ones(3)
+    checkpoint = store.save(tmp_path, 1, {"model": {"w": weight}, "optimizer": {"w": weight}}, {})
+    reader = store.Reader(checkpoint, store.open_checkpoint(checkpoint, groups=["model"]))
+    reader.fill("model", {"w": torch.zeros(3)})
+    with pytest.raises(CheckpointError, match="lacks w"):
+        reader.fill("optimizer", {"w": torch.zeros(3)})
+    with pytest.raises(CheckpointError, match="tensors of model, ema"):
+        store.open_checkpoint(checkpoint, groups=["model", "ema"])
+
+
+def test_the_manifest_is_compact(tmp_path: Path) -> None:
+    text = (save_simple(tmp_path) / commit.MANIFEST_FILE).read_text()
+    assert '"weight":{"dtype":"float32","shape":[4,3],"chunks":[[0,[0,0],[4,3]]]}' in text
+    assert text.count("\n") == 1
 
 
 def test_pruning_keeps_the_last_and_the_multiples(tmp_path: Path) -> None:
@@ -146,7 +261,7 @@ def flip_a_byte(checkpoint: Path) -> None:
 
 def flip_a_byte_of_the_manifest(checkpoint: Path) -> None:
     path = checkpoint / commit.MANIFEST_FILE
-    path.write_text(path.read_text().replace('"step": 8', '"step": 9', 1))
+    path.write_text(path.read_text().replace('"step":8', '"step":9', 1))
 
 
 def remove_a_file(checkpoint: Path) -> None:
@@ -161,9 +276,8 @@ def overlap_chunks(checkpoint: Path) -> None:
     """Two chunks with the right volume together that share a row and leave one out."""
 
     def overlap(manifest: dict[str, Any]) -> None:
-        (whole,) = manifest["tensors"]["model"]["norm.weight"]["chunks"]
-        half = whole["shape"][0] // 2
-        chunks = [{**whole, "offset": [offset], "shape": [half]} for offset in (0, half - 1)]
+        ((rank, _, (size,)),) = manifest["tensors"]["model"]["norm.weight"]["chunks"]
+        chunks = [[rank, [offset], [size // 2]] for offset in (0, size // 2 - 1)]
         manifest["tensors"]["model"]["norm.weight"]["chunks"] = chunks
 
     edit_manifest(checkpoint, overlap)
@@ -210,7 +324,11 @@ def point_outside(checkpoint: Path) -> None:
 
 
 def make_it_newer(checkpoint: Path) -> None:
-    edit_manifest(checkpoint, lambda manifest: manifest.update(version=2))
+    edit_manifest(checkpoint, lambda manifest: manifest.update(version=3))
+
+
+def make_it_older(checkpoint: Path) -> None:
+    edit_manifest(checkpoint, lambda manifest: manifest.update(version=1))
 
 
 def empty_the_manifest(checkpoint: Path) -> None:
@@ -235,7 +353,8 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "named pickle": (name_a_pickle, r"names 'model\.pt'; a checkpoint holds only \.safetensors"),
     "disguised pickle": (disguise_a_pickle, "cannot be read"),
     "outside path": (point_outside, "a checkpoint holds only"),
-    "newer schema": (make_it_newer, "schema version 2; this program reads version 1"),
+    "newer schema": (make_it_newer, "schema version 3; this program reads version 2"),
+    "older schema": (make_it_older, "schema version 1; this program reads version 2"),
     "empty manifest": (empty_the_manifest, "the manifest cannot be read"),
 }
 

@@ -268,7 +268,7 @@ def test_bad_data_is_told_in_one_line_and_in_the_status(tmp_path: Path) -> None:
     assert status(tmp_path / "runs" / "llama")["state"] == "bad_input"
 
 
-def test_several_processes_are_refused_plainly(tmp_path: Path) -> None:
+def test_half_a_launcher_is_refused_plainly(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "WORLD_SIZE": "2"}
     done = subprocess.run(
         [sys.executable, "-m", "llamatrain.train", "data.sources.a.path=x", "train.steps=5000"],
@@ -278,4 +278,4 @@ def test_several_processes_are_refused_plainly(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 2
-    assert "started on 2 processes; this version trains in one" in done.stderr
+    assert "WORLD_SIZE=2 is set and RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT" in done.stderr

@@ -15,6 +15,7 @@ from llamatrain.config import RunConfig
 from llamatrain.data.loader import IGNORE_INDEX
 from llamatrain.data.shards import open_tokens, read_manifest
 from llamatrain.data.sources import open_sources
+from llamatrain.distributed import World
 from llamatrain.errors import DataError
 from llamatrain.evaluation.validation import Tally, Validation, unigram_entropy, windows
 from llamatrain.model.init import init_weights
@@ -42,7 +43,7 @@ def model_for(config: RunConfig) -> Llama:
 
 def validation(config: RunConfig, tokenizer: Path) -> Validation:
     sources = open_sources(config.data, vocab_size=None)
-    return Validation(config, sources, Tokenizer(tokenizer), torch.device("cpu"))
+    return Validation(config, sources, Tokenizer(tokenizer), torch.device("cpu"), World())
 
 
 @given(seq_len=st.integers(1, 70), max_tokens=st.none() | st.integers(1, 400))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llamatrain.distributed import check_environment
+from llamatrain.device import check_torch
 from llamatrain.errors import ConfigError
 from tests.small_run import saved_steps
 
@@ -20,9 +20,9 @@ REPOSITORY = Path(__file__).parent.parent
 def test_an_unsupported_torch_is_refused_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
     with pytest.raises(ConfigError, match=r"torch 2\.9\.1\+cu128 is installed; llamatrain needs torch >= 2\.11"):
-        check_environment()
+        check_torch()
     monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
-    check_environment()
+    check_torch()
 
 
 def test_xformers_fairscale_and_wandb_are_imported_only_when_used() -> None:

@@ -8,12 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamatrain.errors import ConfigError, UnhealthyRun
+from llamatrain.process import attempt_id
 from llamatrain.run_directory import (
     PREEMPTED,
     RUNNING,
+    TRAINING,
     UNHEALTHY,
     RunDirectory,
-    attempt_id,
     cut_lines,
     note_refusal,
     read_status,
@@ -63,7 +64,7 @@ def test_status_says_state_step_reason_and_attempt(tmp_path: Path) -> None:
 
 def test_heartbeats_are_written_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = RunDirectory(tmp_path)
-    directory.set_status(RUNNING, step=1)
+    directory.set_status(RUNNING, step=1, phase=TRAINING)
     directory.heartbeat(2)
     assert (read_status(tmp_path) or {})["step"] == 1
     monkeypatch.setattr("llamatrain.run_directory.HEARTBEAT_S", 0.0)

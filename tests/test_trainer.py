@@ -17,7 +17,8 @@ from llamatrain import generate
 from llamatrain.checkpoint import commit
 from llamatrain.config import RunConfig
 from llamatrain.config.generate import GenerateConfig
-from llamatrain.data.loader import IGNORE_INDEX, Batch, Loader
+from llamatrain.data.loader import Batch
+from llamatrain.distributed import World
 from llamatrain.errors import CheckpointError, ConfigError, DataError, UnhealthyRun
 from llamatrain.evaluation.validation import Validation
 from llamatrain.model.llama import Llama
@@ -25,6 +26,7 @@ from llamatrain.observe.records import Record
 from llamatrain.resilience.control import StopRequest
 from llamatrain.train import train
 from llamatrain.trainer import Trainer, run
+from tests.courses import BF16_TOLERANCE, Course, check_same_course, course_of
 from tests.small_run import (
     GLOBAL_BATCH,
     SEQ_LEN,
@@ -38,23 +40,6 @@ from tests.small_run import (
     train_in_process,
     trainer_for,
 )
-
-LOSS_TOLERANCE = 1e-5  # docs/design.md, "Tolerances": fp32, relative, on losses and gradient norms
-BF16_TOLERANCE = 1e-3
-
-
-@pytest.fixture(scope="module")
-def sources(tiny_dataset: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two data sets with validation splits, of many short documents, so that masks differ from batch to batch."""
-    library = Path(sysconfig.get_path("stdlib"))
-    directory = tmp_path_factory.mktemp("data")
-    functions = (library / "textwrap.py").read_text().split("\n\n")
-    lines = [line for line in (library / "this.py").read_text().splitlines() if line] * 3
-    lines += (library / "calendar.py").read_text().split("\n\n")
-    return {
-        "functions": tiny_dataset("functions", functions, directory / "functions", validation_fraction=0.1),
-        "lines": tiny_dataset("lines", lines, directory / "lines", validation_fraction=0.1),
-    }
 
 
 @pytest.fixture(scope="module")
@@ -306,57 +291,6 @@ def test_checkpoints_are_kept_by_number_and_by_multiple(sources: dict[str, Path]
 # Micro-batches: the same batch in other portions is the same step
 
 
-class Course:
-    """What 20 steps at one micro-batch size did."""
-
-    def __init__(self, config: RunConfig, steps: int = 20) -> None:
-        self.samples: list[list[int]] = []
-        self.losses: list[float] = []
-        self.norms: list[float] = []
-        self.valid_targets: list[list[int]] = []
-        self.first_gradients: dict[str, torch.Tensor] = {}
-        with ExitStack() as resources:
-            trainer = trainer_for(config, resources)
-            loader = resources.enter_context(
-                Loader(
-                    trainer.sources,
-                    trainer.order,
-                    trainer.data_state,
-                    seq_len=config.data.seq_len,
-                    global_batch=config.global_batch,
-                    micro_batch=config.train.micro_batch,
-                    document_mask=config.data.document_mask,
-                )
-            )
-            for batch in loader:
-                self._step(trainer, batch)
-                if trainer.step == steps:
-                    break
-
-    def _step(self, trainer: Trainer, batch: Batch) -> None:
-        if trainer.step == 0:
-            trainer.accumulate_gradients(batch)
-            self.first_gradients = {
-                n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None
-            }
-            trainer.optimizer.zero_grad()
-        loss, norm = trainer.train_step(batch)
-        self.samples.append(batch.samples.tolist())
-        self.losses.append(loss.item())
-        self.norms.append(norm.item())
-        self.valid_targets.append([int((m.targets != IGNORE_INDEX).sum()) for m in batch.micro_batches()])
-
-
-def check_same_course(one: Course, other: Course) -> None:
-    """Equal samples; losses, gradient norms and first gradients within the tolerances."""
-    assert one.samples == other.samples
-    assert other.losses == pytest.approx(one.losses, rel=LOSS_TOLERANCE)
-    assert other.norms == pytest.approx(one.norms, rel=LOSS_TOLERANCE)
-    for name, gradient in one.first_gradients.items():
-        difference = (gradient - other.first_gradients[name]).abs().max()
-        assert difference <= 1e-5 * gradient.abs().max(), name
-
-
 def course(sources: dict[str, Path], directory: Path, micro_batch: int, precision: str = "fp32") -> Course:
     config = small_config(
         directory,
@@ -365,7 +299,7 @@ def course(sources: dict[str, Path], directory: Path, micro_batch: int, precisio
         train={"micro_batch": micro_batch, "steps": 20, "precision": precision},
         optim={"clip_norm": 0.5},
     )
-    return Course(config)
+    return course_of(World(), config)
 
 
 @pytest.fixture(scope="module")
@@ -426,7 +360,7 @@ def test_a_wrong_divisor_of_the_gradient_alone_is_caught(
 
     def scaled(self: Trainer, batch: Batch) -> torch.Tensor:
         loss = right(self, batch)
-        for parameter in self.model.parameters():
+        for parameter in self.parameters.values():
             assert parameter.grad is not None
             parameter.grad *= 2
         return loss
@@ -448,9 +382,7 @@ def test_micro_batches_in_bf16_stay_within_their_tolerance(
     micro_batch: int, sources: dict[str, Path], tmp_path: Path
 ) -> None:
     whole, cut = (course(sources, tmp_path / str(size), size, precision="bf16") for size in (GLOBAL_BATCH, micro_batch))
-    assert whole.samples == cut.samples
-    assert cut.losses == pytest.approx(whole.losses, rel=BF16_TOLERANCE)
-    assert cut.norms == pytest.approx(whole.norms, rel=BF16_TOLERANCE)
+    check_same_course(whole, cut, tolerance=BF16_TOLERANCE)
 
 
 def test_weights_that_no_longer_verify_end_the_run_as_unhealthy(sources: dict[str, Path], tmp_path: Path) -> None:

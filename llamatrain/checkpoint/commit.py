@@ -4,53 +4,70 @@
 directory, synced, and renamed; the manifest is written last, so a directory with a manifest is a checkpoint and
 one without is not. The manifest carries size and SHA-256 of every file and a hash of itself. Which checkpoint is
 the newest is found by looking, never by a pointer file. No pickle is written or read.
+
+Each rank writes files of its own and seals them; one rank begins and commits. What the ranks do in between, and how
+they agree, is `store`'s.
 """
 
 import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llamatrain.errors import CheckpointError
-from llamatrain.files import fsync_path, sha256_of_file, sha256_of_json, write_json_atomically
+from llamatrain.files import fsync_path, sha256_of_file, sha256_of_json, write_bytes_atomically
 
 FORMAT = "llamatrain-checkpoint"
-VERSION = 1
+VERSION = 2
 MANIFEST_FILE = "checkpoint.json"
 TEMPORARY_PREFIX = ".unfinished-"
 DELETED_PREFIX = ".deleted-"
 REFUSED_PREFIX = "refused-"
 
 Manifest = dict[str, Any]
+FileEntry = dict[str, Any]  # size and sha256
 
 
 def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def temporary_directory(root: Path, step: int) -> Path:
+    """Where the checkpoint of `step` is written before it is one."""
+    return root / (TEMPORARY_PREFIX + step_name(step))
+
+
 def begin(root: Path, step: int) -> Path:
     """A fresh temporary directory for the checkpoint of `step`."""
-    temporary = root / (TEMPORARY_PREFIX + step_name(step))
+    temporary = temporary_directory(root, step)
     if temporary.exists():
         shutil.rmtree(temporary)
     temporary.mkdir(parents=True)
     return temporary
 
 
-def commit(temporary: Path, content: Manifest) -> Path:
-    """Turn a temporary directory into a checkpoint: hash and sync its files, write the manifest, rename.
+def seal(path: Path) -> FileEntry:
+    """Sync a file that is written to its end; returns its size and SHA-256, read back."""
+    fsync_path(path)
+    return {"size": path.stat().st_size, "sha256": sha256_of_file(path)}
 
-    `content` is the manifest without the fields that describe the format and the files; this adds them.
+
+def commit(temporary: Path, content: Manifest, files: Mapping[str, FileEntry]) -> Path:
+    """Turn a temporary directory whose `files` are all sealed into a checkpoint: write the manifest, rename.
+
+    `content` is the manifest without the fields that describe the format and the files; this adds them. Raises
+    CheckpointError for a file that whoever sealed it sees and this process does not.
     """
-    files = {}
-    for path in sorted(temporary.iterdir()):
-        fsync_path(path)
-        files[path.name] = {"size": path.stat().st_size, "sha256": sha256_of_file(path)}
-    manifest = {"format": FORMAT, "version": VERSION, **content, "files": files}
+    for name, entry in files.items():
+        if (temporary / name).stat().st_size != entry["size"]:
+            raise CheckpointError(f"{temporary / name}: it has another size than where it was written")
+    manifest = {"format": FORMAT, "version": VERSION, **content, "files": dict(files)}
     manifest["manifest_sha256"] = sha256_of_json(manifest)
-    write_json_atomically(temporary / MANIFEST_FILE, manifest)
+    text = json.dumps(manifest, ensure_ascii=False, separators=(",", ":"))
+    write_bytes_atomically(temporary / MANIFEST_FILE, text.encode() + b"\n")
     final = temporary.with_name(temporary.name.removeprefix(TEMPORARY_PREFIX))
     if final.exists():
         delete(final)
@@ -117,47 +134,50 @@ def prune(root: Path, *, keep_last: int, keep_every_steps: int) -> list[Path]:
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
-    """The manifest, its own hash checked. Raises CheckpointError."""
+    """The manifest, its own hash and its names of files checked. Raises CheckpointError.
+
+    Only plain names ending in .safetensors are accepted: nothing else is ever opened.
+    """
     path = checkpoint / MANIFEST_FILE
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
+        recorded = manifest.pop("manifest_sha256", None) if isinstance(manifest, dict) else None
+        sha256 = sha256_of_json(manifest)
     except FileNotFoundError:
         raise CheckpointError(f"{checkpoint}: no {MANIFEST_FILE} there, so it is not a checkpoint") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: the manifest cannot be read ({error})") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a {FORMAT} manifest")
     if manifest.get("version") != VERSION:
         raise CheckpointError(f"{path}: schema version {manifest.get('version')}; this program reads version {VERSION}")
-    recorded = manifest.pop("manifest_sha256", None)
-    if recorded != sha256_of_json(manifest):
+    if recorded != sha256:
         raise CheckpointError(f"{path}: the manifest was altered (its own hash does not fit)")
-    return manifest
-
-
-def verify_files(checkpoint: Path, manifest: Manifest, *, prefix: str = "", hashes: bool = True) -> None:
-    """Check size (and SHA-256) of every file whose name starts with `prefix`. Raises CheckpointError naming the file.
-
-    Only plain names ending in .safetensors are accepted: nothing else is ever opened.
-    """
-    for name, entry in manifest["files"].items():
+    if not isinstance(manifest.get("files"), dict):
+        raise CheckpointError(f"{path}: the manifest lists no files")
+    for name in manifest["files"]:
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise CheckpointError(
                 f"{checkpoint}: the manifest names {name!r}; a checkpoint holds only .safetensors files, "
                 "and nothing else is opened"
             )
-        if not name.startswith(prefix):
-            continue
-        path = checkpoint / name
-        try:
-            size = path.stat().st_size
-        except OSError:
-            raise CheckpointError(f"{path}: named in the manifest but not there") from None
-        if size != entry["size"]:
-            raise CheckpointError(f"{path}: {size} bytes where the manifest says {entry['size']}; it is truncated")
-        try:
-            altered = hashes and sha256_of_file(path) != entry["sha256"]
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-        if altered:
-            raise CheckpointError(f"{path}: its SHA-256 is not the manifest's; its content was altered")
+    return manifest
+
+
+def verify_file(checkpoint: Path, name: str, entry: FileEntry, *, hashes: bool = True) -> None:
+    """Check the size (and SHA-256) of a file the manifest names. Raises CheckpointError naming the file."""
+    path = checkpoint / name
+    if not isinstance(entry, dict) or not entry.keys() >= {"size", "sha256"}:
+        raise CheckpointError(f"{path}: the manifest does not say its size and SHA-256")
+    try:
+        size = path.stat().st_size
+    except (OSError, ValueError):
+        raise CheckpointError(f"{path}: named in the manifest but not there") from None
+    if size != entry["size"]:
+        raise CheckpointError(f"{path}: {size} bytes where the manifest says {entry['size']}; it is truncated")
+    try:
+        altered = hashes and sha256_of_file(path) != entry["sha256"]
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    if altered:
+        raise CheckpointError(f"{path}: its SHA-256 is not the manifest's; its content was altered")

@@ -1,14 +1,17 @@
-"""Tensors into and out of checkpoint directories.
+"""Tensors into and out of checkpoint directories, by all ranks together.
 
-A tensor is stored as one or more chunks, boxes of its global shape, each an entry of a safetensors file; the
-manifest maps names to chunks. So the reader need not know how many processes wrote: it copies from every chunk
-the part it needs, after checking that the chunks cover the tensor whole. Tensors come in groups (`model`,
-`optimizer`, `rng`), each in files of its own, so that who wants the weights reads nothing else.
+A tensor is stored as chunks, boxes of its global shape. A rank writes the boxes it has in memory, into one file for
+each group of tensors (`model`, `optimizer`, `rng`), so that who wants the weights reads nothing else. Chunk
+`[rank, offset, shape]` of tensor `name` is the entry `name` of `{group}.rank{rank:05d}.safetensors`; the manifest
+lists them all. So the reader need not know how many ranks wrote, nor how the tensors were cut: it copies from every
+chunk what falls into its own box, after the ranks have proved together that the chunks cover every tensor whole.
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,85 +20,219 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from llamatrain.checkpoint import commit
 from llamatrain.checkpoint.commit import Manifest
 from llamatrain.config import ModelConfig
 from llamatrain.config.build import build
+from llamatrain.distributed import World, local_part
 from llamatrain.errors import CheckpointError, ConfigError, DataError
 from llamatrain.model.attention import resolve_backend
 from llamatrain.model.llama import Llama
 from llamatrain.tokenizer import TOKENIZER_FILE, Tokenizer
 
 TensorGroups = Mapping[str, Mapping[str, Tensor]]
+Boxes = dict[str, dict[str, tuple[Tensor, list[int]]]]  # group, name: memory and where it begins
+Entries = dict[str, dict[str, tuple[str, list[int], list[int], list[int]]]]  # see _entries
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.uint8)}
 
 
-def save(root: Path, step: int, groups: TensorGroups, content: Mapping[str, Any]) -> Path:
-    """Write and commit the checkpoint of `step` under `root`.
+def file_name(group: str, rank: int) -> str:
+    """The file in which `rank` has its chunks of `group`."""
+    return f"{group}.rank{rank:05d}.safetensors"
 
-    `groups` are named tensors (float32, bfloat16 or uint8); `content` is what else the manifest shall hold, plain
-    JSON values. Raises CheckpointError if the disk does not take it; what was there before stays.
+
+# ---------------------------------------------------------------------- writing
+
+
+def save(
+    root: Path, step: int, groups: TensorGroups, content: Mapping[str, Any], *, world: World | None = None
+) -> Path:
+    """Write and commit the checkpoint of `step` under `root`; all ranks call it with the same step.
+
+    `groups` are named tensors (float32, bfloat16 or uint8). Of a DTensor each rank writes its local box, and of
+    copies only the first; a plain tensor is written whole by the rank that passes it, so one rank alone may.
+    `content`, of rank 0, is what else the manifest shall hold, plain JSON values. Raises CheckpointError on all ranks
+    if the disk does not take what one of them writes; what was there before stays. Raises ValueError for a DTensor
+    that is not reduced.
     """
-    temporary = commit.begin(root, step)
+    world = world or World()
+    temporary = commit.temporary_directory(root, step)
+    refusing = partial(_refusing, temporary, step, world.rank)
+    boxes = {group: _own_boxes(tensors) for group, tensors in groups.items()}
+
+    def begin() -> None:
+        with refusing():
+            commit.begin(root, step)
+
+    def finish() -> Path:
+        tensors = _merge(temporary, [entries for entries, _ in shares or ()])
+        files = {name: entry for _, sealed in shares or () for name, entry in sealed.items()}
+        with refusing():
+            return commit.commit(temporary, {**content, "step": step, "tensors": tensors}, files)
+
     try:
-        tensors = {name: _write_group(temporary, name, group) for name, group in groups.items()}
-        return commit.commit(temporary, {**content, "step": step, "tensors": tensors})
+        world.decide(begin)
+        with world.together(), refusing():
+            own_files = _write(temporary, boxes, world.rank)
+        shares = world.gather_to_leader((_entries(groups, boxes), own_files))
+        return world.decide(finish)
+    except CheckpointError:
+        world.decide(lambda: shutil.rmtree(temporary, ignore_errors=True))
+        raise
+
+
+@contextmanager
+def _refusing(temporary: Path, step: int, rank: int) -> Iterator[None]:
+    try:
+        yield
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
-            f"{temporary}: the checkpoint of step {step} could not be written ({error}); earlier ones are whole"
+            f"{temporary}: the checkpoint of step {step} could not be written (rank {rank}: {error}); "
+            "earlier ones are whole"
         ) from error
 
 
-def _write_group(directory: Path, group: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    file = f"{group}.rank00000.safetensors"
-    entries, payload = {}, {}
+def _own_boxes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, list[int]]]:
+    """What this rank writes of each tensor, if anything."""
+    boxes = {}
     for name, tensor in tensors.items():
-        local = tensor.detach().cpu().contiguous()
-        payload[name] = local
-        chunk = {"offset": [0] * local.ndim, "shape": list(local.shape), "file": file, "key": name}
-        dtype = str(local.dtype).removeprefix("torch.")
-        entries[name] = {"dtype": dtype, "shape": list(local.shape), "chunks": [chunk]}
-    save_file(payload, directory / file)
-    return entries
+        if isinstance(tensor, DTensor):
+            if any(placement.is_partial() for placement in tensor.placements):
+                raise ValueError(f"{name} is a sum that is not reduced yet ({tensor.placements}): it cannot be stored")
+            coordinate = tensor.device_mesh.get_coordinate()
+            if coordinate is None or any(
+                place and placement.is_replicate()
+                for place, placement in zip(coordinate, tensor.placements, strict=True)
+            ):
+                continue
+        local, offset = local_part(tensor.detach())
+        if local.numel() or not tensor.numel():
+            boxes[name] = local, offset
+    return boxes
 
 
-def open_checkpoint(checkpoint: Path, *, groups: Sequence[str] | None = None, hashes: bool = True) -> Manifest:
-    """Read the manifest and prove that the files of `groups` (None: all) are whole. Raises CheckpointError."""
-    manifest = commit.read_manifest(checkpoint)
-    try:
-        for group in manifest["tensors"] if groups is None else groups:
-            commit.verify_files(checkpoint, manifest, prefix=f"{group}.", hashes=hashes)
-            for name, entry in manifest["tensors"][group].items():
-                _check_coverage(checkpoint, name, entry, manifest["files"])
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint}: the manifest lacks a field ({error})") from None
+def _write(directory: Path, boxes: Boxes, rank: int) -> dict[str, commit.FileEntry]:
+    """Write this rank's files and seal them; none for a group of which it has nothing."""
+    files = {}
+    for group, own in boxes.items():
+        if own:
+            path = directory / file_name(group, rank)
+            save_file({name: local.cpu().contiguous() for name, (local, _) in own.items()}, path)
+            files[path.name] = commit.seal(path)
+    return files
+
+
+def _entries(groups: TensorGroups, boxes: Boxes) -> Entries:
+    """Of each box of this rank: dtype and shape of the whole tensor, offset and shape of the box."""
+    return {
+        group: {
+            name: (_dtype_name(local.dtype), list(groups[group][name].shape), offset, list(local.shape))
+            for name, (local, offset) in own.items()
+        }
+        for group, own in boxes.items()
+    }
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _merge(temporary: Path, shares: Sequence[Entries]) -> dict[str, dict[str, Any]]:
+    """The manifest's description of all tensors, from what each rank has written, in the order of ranks.
+
+    Raises CheckpointError if a part was written twice or by nobody: at the next start it would be too late.
+    """
+    tensors: dict[str, dict[str, Any]] = {}
+    for rank, entries in enumerate(shares):
+        for group, own in entries.items():
+            merged = tensors.setdefault(group, {})
+            for name, (dtype, shape, offset, extent) in own.items():
+                entry = merged.setdefault(name, {"dtype": dtype, "shape": shape, "chunks": []})
+                entry["chunks"].append([rank, offset, extent])
+    for merged in tensors.values():
+        for name, entry in merged.items():
+            written = sum(prod(extent) for _, _, extent in entry["chunks"])
+            if written != prod(entry["shape"]):
+                raise CheckpointError(
+                    f"{temporary}: the ranks wrote {written} elements of {name}, whose shape is {entry['shape']}; "
+                    "earlier checkpoints are whole"
+                )
+    return tensors
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def open_checkpoint(
+    checkpoint: Path, *, groups: Sequence[str] | None = None, hashes: bool = True, world: World | None = None
+) -> Manifest:
+    """Read the manifest and prove that the files of `groups` (None: all) are whole and the chunks cover the tensors.
+
+    With a world all ranks call it, divide the work, and raise the same CheckpointError. The manifest returned has no
+    other groups than those that were proved.
+    """
+    world = world or World()
+    with world.together():
+        manifest = commit.read_manifest(checkpoint)
+        tensors, files = manifest.get("tensors"), manifest["files"]
+        wanted = list(tensors if groups is None else groups) if isinstance(tensors, dict) else []
+        if not isinstance(tensors, dict) or not all(isinstance(tensors.get(group), dict) for group in wanted):
+            raise CheckpointError(f"{checkpoint}: the manifest does not list the tensors of {', '.join(wanted)}")
+        manifest["tensors"] = {group: tensors[group] for group in wanted}
+        prefixes = tuple(f"{group}." for group in wanted)
+        for name in [name for name in files if name.startswith(prefixes)][world.rank :: world.size]:
+            commit.verify_file(checkpoint, name, files[name], hashes=hashes)
+        named = [(group, name, tensors[group][name]) for group in wanted for name in tensors[group]]
+        for group, name, entry in named[world.rank :: world.size]:
+            _check_entry(checkpoint, group, name, entry, files)
     return manifest
 
 
-def _check_coverage(checkpoint: Path, name: str, entry: Mapping[str, Any], files: Mapping[str, Any]) -> None:
-    shape, chunks = entry["shape"], entry["chunks"]
-    inside = all(
-        len(chunk["offset"]) == len(chunk["shape"]) == len(shape)
-        and all(
-            o >= 0 and n >= 0 and o + n <= s for o, n, s in zip(chunk["offset"], chunk["shape"], shape, strict=True)
-        )
-        for chunk in chunks
-    )
-    # Boxes inside the tensor that do not overlap and have its volume leave nothing out.
-    whole = inside and sum(prod(chunk["shape"]) for chunk in chunks) == prod(shape) and not _overlap(chunks)
-    if not whole:
+def _check_entry(checkpoint: Path, group: str, name: str, entry: Any, files: Mapping[str, Any]) -> None:
+    """Refuse a tensor's description that is malformed or whose chunks leave something out."""
+    shape, chunks = (entry.get("shape"), entry.get("chunks")) if isinstance(entry, dict) else (None, None)
+    if not (isinstance(shape, list) and isinstance(chunks, list) and isinstance(entry.get("dtype"), str)):
+        raise CheckpointError(f"{checkpoint}: the manifest lacks shape, dtype or chunks of {name}")
+    if not (all(_is_chunk(chunk, shape) for chunk in chunks) and _cover(shape, chunks)):
         raise CheckpointError(f"{checkpoint}: the chunks of {name} do not cover it whole")
-    for chunk in chunks:
-        if chunk["file"] not in files:
-            raise CheckpointError(f"{checkpoint}: {name} lies in {chunk['file']}, which the manifest does not list")
+    for rank in {rank for rank, _, _ in chunks}:
+        if file_name(group, rank) not in files:
+            raise CheckpointError(
+                f"{checkpoint}: {name} lies in {file_name(group, rank)}, which the manifest does not list"
+            )
 
 
-def _overlap(chunks: Sequence[Mapping[str, Any]]) -> bool:
+def _is_chunk(chunk: Any, shape: list[Any]) -> bool:
+    """Whether this is `[rank, offset, shape]`, a box inside a tensor of `shape`, which is itself one."""
+    if not (isinstance(chunk, list) and len(chunk) == 3):
+        return False
+    rank, offset, extent = chunk
+    return (
+        type(rank) is int
+        and rank >= 0
+        and isinstance(offset, list)
+        and isinstance(extent, list)
+        and len(offset) == len(extent) == len(shape)
+        and all(
+            type(o) is type(n) is type(s) is int and o >= 0 and n >= 0 and o + n <= s
+            for o, n, s in zip(offset, extent, shape, strict=True)
+        )
+    )
+
+
+def _cover(shape: list[int], chunks: Sequence[Any]) -> bool:
+    """Boxes inside the tensor that do not overlap and have its volume leave nothing out."""
+    if not chunks:  # then nobody has looked at the shape
+        return False
+    return sum(prod(extent) for _, _, extent in chunks) == prod(shape) and not _overlap(chunks)
+
+
+def _overlap(chunks: Sequence[Any]) -> bool:
     """Whether two boxes share a place; those that cannot meet along the first dimension are not compared."""
-    boxes = sorted([(o, o + n) for o, n in zip(chunk["offset"], chunk["shape"], strict=True)] for chunk in chunks)
-    if boxes and not boxes[0]:
+    boxes = sorted([(o, o + n) for o, n in zip(offset, extent, strict=True)] for _, offset, extent in chunks)
+    if not boxes[0]:
         return len(boxes) > 1  # scalars
     open_boxes: list[list[tuple[int, int]]] = []
     for box in boxes:
@@ -107,7 +244,7 @@ def _overlap(chunks: Sequence[Mapping[str, Any]]) -> bool:
 
 
 class Reader:
-    """Fills tensors from an opened checkpoint."""
+    """Fills tensors from an opened checkpoint. It makes no collective calls: ranks may fill what they like."""
 
     def __init__(self, checkpoint: Path, manifest: Manifest) -> None:
         self.checkpoint = checkpoint
@@ -117,12 +254,12 @@ class Reader:
         return set(self._groups.get(group, ()))
 
     def fill(self, group: str, targets: Mapping[str, Tensor], *, partly: bool = False) -> None:
-        """Fill every tensor of `targets` in place. Raises CheckpointError.
+        """Fill every tensor of `targets` in place, and of a DTensor the part that is here. Raises CheckpointError.
 
-        Shapes and dtypes must be exactly those of the checkpoint, and so must the names, unless only a part of
-        the group is wanted.
+        Shapes (of DTensors the global ones) and dtypes must be exactly those of the checkpoint, and so must the
+        names, unless only a part of the group is wanted.
         """
-        entries, missing = self._groups[group], sorted(targets.keys() - self.names(group))
+        entries, missing = self._groups.get(group, {}), sorted(targets.keys() - self.names(group))
         extra = [] if partly else sorted(self.names(group) - targets.keys())
         if missing or extra:
             raise CheckpointError(
@@ -134,28 +271,61 @@ class Reader:
             if list(target.shape) != entry["shape"] or target.dtype != DTYPES.get(entry["dtype"]):
                 raise CheckpointError(
                     f"{self.checkpoint}: it is of another model: {name} is {entry['dtype']} {entry['shape']} there, "
-                    f"{str(target.dtype).removeprefix('torch.')} {list(target.shape)} here"
+                    f"{_dtype_name(target.dtype)} {list(target.shape)} here"
                 )
-        self._copy_chunks(entries, targets)
+        self._copy_chunks(group, targets)
 
     @torch.no_grad()
-    def _copy_chunks(self, entries: Mapping[str, Any], targets: Mapping[str, Tensor]) -> None:
-        by_file: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
-        for name in targets:
-            for chunk in entries[name]["chunks"]:
-                by_file.setdefault(chunk["file"], []).append((name, chunk))
-        for file, chunks in by_file.items():
-            path = self.checkpoint / file
+    def _copy_chunks(self, group: str, targets: Mapping[str, Tensor]) -> None:
+        by_rank: dict[int, list[tuple[str, list[int], list[int], _Part]]] = {}
+        for name, target in targets.items():
+            part = _Part(*local_part(target.detach()))
+            for rank, offset, extent in self._groups[group][name]["chunks"]:
+                if part.meets(offset, extent):
+                    by_rank.setdefault(rank, []).append((name, offset, extent, part))
+        for rank, chunks in by_rank.items():
+            path = self.checkpoint / file_name(group, rank)
             try:
                 with safe_open(path, framework="pt") as stored:
-                    for name, chunk in chunks:
-                        tensor = stored.get_tensor(chunk["key"])
-                        if list(tensor.shape) != chunk["shape"] or tensor.dtype != targets[name].dtype:
-                            raise CheckpointError(f"{path}: {chunk['key']} is not the chunk of {name} in the manifest")
-                        box = tuple(slice(o, o + n) for o, n in zip(chunk["offset"], chunk["shape"], strict=True))
-                        targets[name][box].copy_(tensor)
+                    for name, offset, extent, part in chunks:
+                        if not part.read(stored, name, offset, extent):
+                            raise CheckpointError(f"{path}: {name} is not the chunk that the manifest describes")
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"{path}: cannot be read ({error})") from None
+
+
+class _Part:
+    """The box of a target that is in this rank's memory."""
+
+    def __init__(self, memory: Tensor, begin: list[int]) -> None:
+        self.memory, self.begin = memory, begin
+        self.end = [b + n for b, n in zip(begin, memory.shape, strict=True)]
+        self.empty = memory.numel() == 0
+
+    def meets(self, offset: list[int], extent: list[int]) -> bool:
+        """Whether a chunk has anything for this box."""
+        dimensions = zip(self.begin, self.end, offset, extent, strict=True)
+        return not self.empty and all(o < e and b < o + n for b, e, o, n in dimensions)
+
+    def read(self, stored: Any, name: str, offset: list[int], extent: list[int]) -> bool:
+        """Copy what a chunk has for this box; False if the file holds something of another shape or dtype."""
+        chunk = stored.get_slice(name)
+        if chunk.get_shape() != extent:
+            return False
+        dimensions = zip(self.begin, self.end, offset, extent, strict=True)
+        common = [(max(b, o), min(e, o + n)) for b, e, o, n in dimensions]
+        if [high - low for low, high in common] == extent:
+            values = stored.get_tensor(name)  # also the only way to a scalar
+        else:
+            values = chunk[tuple(slice(low - o, high - o) for (low, high), o in zip(common, offset, strict=True))]
+        if values.dtype != self.memory.dtype:
+            return False
+        here = tuple(slice(low - b, high - b) for (low, high), b in zip(common, self.begin, strict=True))
+        self.memory[here].copy_(values)
+        return True
+
+
+# ---------------------------------------------------------------------- what commands want
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -181,8 +351,8 @@ def load_model_for_inference(
     manifest = open_checkpoint(checkpoint, groups=["model"])
     try:
         config = replace(build(ModelConfig, manifest["model"]), attention=resolve_backend("auto", device))
-        tokenizer_sha256 = manifest["tokenizer_sha256"]
-    except (ConfigError, KeyError) as error:
+        tokenizer_sha256 = str(manifest["tokenizer_sha256"])
+    except (ConfigError, KeyError, TypeError) as error:
         raise CheckpointError(f"{checkpoint}: the manifest's model cannot be built ({error})") from None
     tokenizer = Tokenizer(checkpoint.parent.parent / TOKENIZER_FILE)
     if tokenizer.sha256 != tokenizer_sha256:

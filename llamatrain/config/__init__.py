@@ -6,6 +6,7 @@ from llamatrain.config.evaluation import EvaluationConfig
 from llamatrain.config.logging import LoggingConfig
 from llamatrain.config.model import ModelConfig
 from llamatrain.config.optim import OptimConfig
+from llamatrain.config.parallel import ParallelConfig
 from llamatrain.config.run import RunConfig, validate
 from llamatrain.config.train import TrainConfig
 
@@ -16,6 +17,7 @@ __all__ = [
     "LoggingConfig",
     "ModelConfig",
     "OptimConfig",
+    "ParallelConfig",
     "RunConfig",
     "SourceConfig",
     "TrainConfig",

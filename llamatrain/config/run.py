@@ -9,6 +9,7 @@ from llamatrain.config.evaluation import EvaluationConfig, check_evaluation
 from llamatrain.config.logging import LoggingConfig, check_logging
 from llamatrain.config.model import ModelConfig, check_model
 from llamatrain.config.optim import OptimConfig, check_optim
+from llamatrain.config.parallel import ParallelConfig, check_parallel
 from llamatrain.config.train import TrainConfig, check_train
 from llamatrain.errors import ConfigError
 
@@ -21,6 +22,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -59,6 +61,7 @@ def validate(config: RunConfig, *, world_size: int = 1) -> None:
     check_data(config.data)
     check_train(config.train)
     check_optim(config.optim)
+    check_parallel(config.parallel)
     check_checkpoint(config.checkpoint)
     check_logging(config.logging)
     check_evaluation(config.evaluation)

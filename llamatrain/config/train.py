@@ -19,13 +19,22 @@ class TrainConfig:
     device: str = "auto"  # auto | cpu | cuda
     deterministic: bool = False  # bitwise repeatable on CUDA too, slower; on CPU it always is
     stop_after_step: int | None = None  # save and leave after this step; the schedule does not change
+    max_starts_without_progress: int = 10  # so many starts that came to no checkpoint, and a person has to look
+    dry_run: bool = False  # build at full shape, one step, save, load, say how much memory it took, and leave
 
 
 def check_train(train: TrainConfig) -> None:
     """Raises ConfigError."""
     if (train.steps is None) == (train.tokens is None):
         raise ConfigError("give the run's length as one of train.steps=N and train.tokens=N, and set the other to null")
-    for name in ("steps", "tokens", "global_batch_tokens", "micro_batch", "stop_after_step"):
+    for name in (
+        "steps",
+        "tokens",
+        "global_batch_tokens",
+        "micro_batch",
+        "stop_after_step",
+        "max_starts_without_progress",
+    ):
         value = getattr(train, name)
         if value is not None and value < 1:
             raise ConfigError(f"train.{name}={value}: must be at least 1")

@@ -4,6 +4,9 @@ Every token of a source's validation split (or of its first `evaluation.max_toke
 split is cut into windows of seq_len as in training, and the last window of each shard is filled up with ignored
 targets. The baseline is the entropy of the targets' own unigram distribution: what a model that knows only how
 often each token occurs would reach.
+
+Ranks take batches in turn. All ranks read everything, which is little, so that counts need no communication; and a
+rank without a batch in the last round makes a forward of ignored targets, as sharded weights are gathered by all.
 """
 
 import logging
@@ -15,12 +18,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from llamatrain.config import RunConfig
 from llamatrain.data.loader import IGNORE_INDEX, document_pieces
 from llamatrain.data.shards import Manifest, check_sizes, open_document_starts, open_tokens
 from llamatrain.data.sources import Source
+from llamatrain.distributed import World
 from llamatrain.errors import DataError
 from llamatrain.model.llama import Llama
 from llamatrain.model.loss import cross_entropy_sum
@@ -110,12 +115,15 @@ def windows(
 class Validation:
     """The validation splits of a run's sources. Raises DataError if validation is asked for and there is none."""
 
-    def __init__(self, config: RunConfig, sources: list[Source], tokenizer: Tokenizer, device: torch.device) -> None:
+    def __init__(
+        self, config: RunConfig, sources: list[Source], tokenizer: Tokenizer, device: torch.device, world: World
+    ) -> None:
         self._settings = config.evaluation
         self._seq_len = config.data.seq_len
         self._document_mask = config.data.document_mask
         self._bytes_per_token = tokenizer.bytes_per_token
         self._device = device
+        self._world = world
         self._manifests = {source.name: source.manifest for source in sources if source.manifest.tokens(SPLIT) > 1}
         if not self._settings.every_steps:
             return
@@ -132,7 +140,8 @@ class Validation:
     def evaluate(self, model: Llama, *, keep_going: Callable[[], bool] = lambda: True) -> Record | None:
         """`eval/validation.<source>/…` of every source, and `eval/validation/…` over all their targets.
 
-        None if `keep_going`, asked before every batch, says no.
+        Every rank calls it, and has the same record. None if `keep_going`, asked before every round of batches, says
+        no; it must say the same on all ranks.
         """
         record: Record = {}
         pooled = Tally()
@@ -160,21 +169,30 @@ class Validation:
             bytes_per_token=self._bytes_per_token,
         )
         total = min(manifest.tokens(SPLIT), self._settings.max_tokens or manifest.tokens(SPLIT))
+        share = self._settings.micro_batch
+        first = self._world.rank * share
         with tqdm(total=total, desc=f"validating {name}", unit="tok", leave=False, disable=None) as bar:
-            while batch := list(islice(rows, self._settings.micro_batch)):
+            while batch := list(islice(rows, share * self._world.size)):
                 if not keep_going():
                     return None
-                inputs = np.stack([window.inputs for window in batch])
+                loss += self._loss(model, batch[first : first + share] or [_nothing(self._seq_len)])
                 targets = np.stack([window.targets for window in batch])
-                lengths = [n for window in batch for n in window.document_lengths]
-                logits = model(
-                    torch.from_numpy(inputs).to(self._device),
-                    doc_lengths=lengths if self._document_mask else None,
-                )
-                loss += cross_entropy_sum(logits, torch.from_numpy(targets).to(self._device))
                 valid = targets[targets != IGNORE_INDEX]
                 text_bytes = sum(window.text_bytes for window in batch)
                 tally += Tally(0.0, len(valid), text_bytes, np.bincount(valid))
                 bar.update(len(valid))
-        tally.loss = loss.item()
+        tally.loss = self._world.sum(loss).item()
         return tally
+
+    def _loss(self, model: Llama, batch: list[Window]) -> Tensor:
+        """Sum of the token losses of some windows."""
+        inputs = torch.from_numpy(np.stack([window.inputs for window in batch])).to(self._device)
+        targets = torch.from_numpy(np.stack([window.targets for window in batch])).to(self._device)
+        lengths = [n for window in batch for n in window.document_lengths]
+        logits = model(inputs, doc_lengths=lengths if self._document_mask else None)
+        return cross_entropy_sum(logits, targets)
+
+
+def _nothing(seq_len: int) -> Window:
+    """A window without a target."""
+    return Window(np.zeros(seq_len, np.int64), np.full(seq_len, IGNORE_INDEX, np.int64), [seq_len], 0)

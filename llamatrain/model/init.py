@@ -12,10 +12,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from llamatrain.config.model import ModelConfig
+from llamatrain.distributed import local_part
 
 WRAPPERS = frozenset(("_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module", "module"))
 CHUNK = 1 << 20  # numbers drawn at a time: bounds the int64 and float64 temporaries to some tens of MB
@@ -29,7 +28,7 @@ def init_weights(model: nn.Module, config: ModelConfig, *, seed: int) -> None:
     """
     for wrapped_name, parameter in model.named_parameters():
         name = canonical_name(wrapped_name)
-        local, offset = _local_part(parameter.detach())
+        local, offset = local_part(parameter.detach())
         if name.endswith("norm.weight"):
             local.fill_(1.0)
         else:
@@ -67,15 +66,6 @@ def _standard_deviation(name: str, config: ModelConfig) -> float:
     if into_residual and config.init_depth_scaled:
         return config.init_std / math.sqrt(2 * config.n_layers)
     return config.init_std
-
-
-def _local_part(parameter: Tensor) -> tuple[Tensor, Sequence[int]]:
-    """The memory of a parameter on this rank, and where it begins in the whole parameter."""
-    if not isinstance(parameter, DTensor):
-        return parameter, [0] * parameter.dim()
-    mesh, placements = parameter.device_mesh, parameter.placements
-    _, offset = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
-    return parameter.to_local(), offset
 
 
 def _places(block: Sequence[int], shape: Sequence[int], offset: Sequence[int], device: torch.device) -> Tensor:

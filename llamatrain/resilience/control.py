@@ -1,30 +1,37 @@
-"""Requests from outside to stop a run in order. No torch: handlers must be there before torch is imported.
+"""Requests to stop, by signal. No torch: handlers must be there before torch, which takes seconds, is imported.
 
-A signal sets a flag; the loop looks at it at the end of every step, saves and leaves. A signal that comes while
-torch is still loading is therefore kept, and honoured after the first step.
+A signal sets a flag; `agreement.py` makes all ranks act on it at the same step. One that comes while torch is still
+loading is therefore kept, and honoured after the first step.
 """
 
 import os
 import signal
+import time
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SAME_PRESS_S = 1.0  # torchrun hands a Ctrl-C on to workers that had it from the terminal already
 
 
 class StopRequest:
-    """Remembers that somebody asked the run to stop."""
+    """Remembers that somebody asked this process to stop; `announce` says so on stderr."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, announce: bool = True) -> None:
         self.reason: str | None = None
+        self._announce = announce
+        self._asked_at = 0.0
 
     def install(self) -> None:
-        """Take over SIGTERM and SIGINT; a second SIGINT interrupts at once."""
+        """Take over SIGTERM, SIGUSR1 and SIGINT; a second Ctrl-C interrupts at once."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.reason is not None:
+        again = self.reason is not None and time.monotonic() - self._asked_at > SAME_PRESS_S
+        if number == signal.SIGINT and again:
             raise KeyboardInterrupt
         if self.reason is None:
-            os.write(2, b"\nstopping at the end of this step; Ctrl-C again interrupts at once\n")
-        self.reason = signal.Signals(number).name
+            self._asked_at = time.monotonic()
+            self.reason = signal.Signals(number).name
+            if self._announce:
+                os.write(2, b"\nstopping after this step; Ctrl-C again interrupts at once\n")
