@@ -81,7 +81,7 @@ class Snapshots:
                 continue
             if world.leads:
                 self._set_aside(refused)
-            log.info("resuming from %s%s", checkpoint, self._other_ranks(manifest))
+            log.info("resuming from %s", checkpoint)
             return restored
         committed = world.decide(lambda: bool(self.directory.events("checkpoint")))
         if refused or committed:
@@ -101,15 +101,12 @@ class Snapshots:
             aside = commit.set_aside(checkpoint)
             self.directory.record("refused", path=checkpoint.name, reason=reason, moved_to=aside.name)
 
-    def _other_ranks(self, manifest: commit.Manifest) -> str:
-        then = manifest.get("mesh", {}).get("world_size")
-        return "" if then == self.world.size else f", which {then} processes wrote, on {self.world.size}"
-
     def _load(self, manifest: commit.Manifest, reader: store.Reader) -> tuple[int, DataState]:
         try:
             step, updates = int(manifest["step"]), int(manifest["optimizer"]["step"])
             data_state = DataState.from_json(manifest["data"]["state"])
             identity = dict(manifest["data"]["manifests"])
+            ranks = int(manifest["mesh"]["world_size"])
             earlier = build(RunConfig, manifest["config"])
         except (KeyError, TypeError, ValueError, DataError) as error:
             raise CheckpointError(f"{reader.checkpoint}: a field of the manifest cannot be used ({error})") from None
@@ -122,6 +119,8 @@ class Snapshots:
         self._check_data(identity)
         self._load_random_states(reader)
         set_step_count(self.optimizer, updates)
+        if ranks != self.world.size:
+            log.info("%d processes wrote the checkpoint, %d go on from it", ranks, self.world.size)
         return step, data_state
 
     def _check_data(self, identity: dict[str, str]) -> None:

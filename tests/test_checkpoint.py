@@ -203,6 +203,15 @@ def test_a_chunk_of_a_rank_that_wrote_nothing_is_refused(tmp_path: Path) -> None
         store.open_checkpoint(checkpoint)
 
 
+@pytest.mark.parametrize("stored", [torch.zeros(3, 4), torch.zeros(5, 3), torch.zeros(4, 3, dtype=torch.bfloat16)])
+def test_a_file_that_holds_another_tensor_is_refused(stored: torch.Tensor, tmp_path: Path) -> None:
+    checkpoint = save_simple(tmp_path)
+    save_file({"weight": stored}, checkpoint / store.file_name("model", 0))
+    edit_manifest(checkpoint, lambda manifest: None)
+    with pytest.raises(CheckpointError, match="weight is not the chunk that the manifest describes"):
+        read_simple(checkpoint, weight=torch.zeros(4, 3))
+
+
 def test_a_manifest_nested_beyond_measure_is_refused(tmp_path: Path) -> None:
     checkpoint = save_simple(tmp_path)
     (checkpoint / commit.MANIFEST_FILE).write_text('{"format":' + "[" * 100_000 + "]" * 100_000 + "}")

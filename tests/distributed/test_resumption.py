@@ -1,0 +1,89 @@
+"""Resumption on several processes: bitwise on as many as before, within the tolerances on more or fewer."""
+
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llamatrain.config import RunConfig
+from llamatrain.data.loader import Batch
+from llamatrain.distributed import World
+from llamatrain.model import init
+from llamatrain.resilience.control import StopRequest
+from llamatrain.trainer import Trainer, run_on
+from tests.courses import LOSS_TOLERANCE
+from tests.ranks import on_ranks
+from tests.small_run import GLOBAL_BATCH, assert_same_run, metrics, reproducible, saved_steps, small_config, status
+
+STEPS = 20
+
+
+def config_for(run_dir: Path, sources: dict[str, Path], **groups: dict[str, Any]) -> RunConfig:
+    train = {"steps": STEPS, "micro_batch": 2, **groups.pop("train", {})}
+    return small_config(run_dir, sources, train=train, data={"document_mask": True}, **groups)
+
+
+def train(world: World, config: RunConfig) -> tuple[list[list[int]], int]:
+    """(samples of every step on this rank, numbers drawn for initial weights)."""
+    samples: list[list[int]] = []
+    drawn = 0
+    step, generator = Trainer.train_step, init._splitmix64
+
+    def recording(self: Trainer, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        samples.append(batch.samples.tolist())
+        return step(self, batch)
+
+    def counting(counter: torch.Tensor, key: int) -> torch.Tensor:
+        nonlocal drawn
+        drawn += counter.numel()
+        return generator(counter, key)
+
+    Trainer.train_step, init._splitmix64 = recording, counting  # type: ignore[method-assign]
+    try:
+        run_on(world, config, StopRequest())
+    finally:
+        Trainer.train_step, init._splitmix64 = step, generator  # type: ignore[method-assign]
+    return samples, drawn
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_resumed_run_is_bitwise_the_unbroken_one(ranks: int, sources: dict[str, Path], tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    on_ranks(ranks, train, config_for(whole, sources))
+    first = on_ranks(ranks, train, config_for(broken, sources, train={"stop_after_step": 7}))
+    second = on_ranks(ranks, train, config_for(broken, sources))
+    assert_same_run(whole, broken, step=STEPS)
+    assert all(drawn > 0 for _, drawn in first)
+    assert all(drawn == 0 for _, drawn in second)  # a checkpoint follows: nothing is drawn
+
+
+def test_from_four_to_two_to_one_to_four_processes(sources: dict[str, Path], tmp_path: Path) -> None:
+    alone, moved = tmp_path / "alone", tmp_path / "moved"
+    train(World(), config_for(alone, sources))
+    samples: list[list[int]] = []
+    for ranks, stop in ((4, 5), (2, 10), (1, 15), (4, None)):
+        leg = on_ranks(ranks, train, config_for(moved, sources, train={"stop_after_step": stop}))
+        samples += [list(chain(*rows)) for rows in zip(*(mine for mine, _ in leg), strict=True)]
+    assert samples == [list(range(t * GLOBAL_BATCH, (t + 1) * GLOBAL_BATCH)) for t in range(STEPS)]
+    assert (status(moved)["state"], saved_steps(moved)[-1]) == ("done", STEPS)
+    one, other = reproducible(metrics(alone)), reproducible(metrics(moved))
+    assert [record["step"] for record in one] == [record["step"] for record in other]
+    for record, again in zip(one, other, strict=True):
+        assert again == pytest.approx(record, rel=LOSS_TOLERANCE)
+
+
+def test_validation_on_several_processes_counts_every_target_once(sources: dict[str, Path], tmp_path: Path) -> None:
+    """Three micro-batch sizes, so that in some rounds a rank has fewer windows than others, or none."""
+    settings = {"train": {"steps": 1, "micro_batch": 1}, "model": {"vocab_size": 512}}
+    plain = config_for(tmp_path / "plain", sources, **settings)
+    train(World(), plain)
+    wanted = [record for record in metrics(plain.run_dir) if "eval/validation/loss" in record]
+    for ranks, share in ((2, 3), (4, 5), (4, 64)):
+        config = config_for(tmp_path / f"{ranks}-{share}", sources, **settings)
+        config.evaluation.micro_batch = share
+        on_ranks(ranks, train, config)
+        found = [record for record in metrics(config.run_dir) if "eval/validation/loss" in record]
+        for one, other in zip(reproducible(wanted), reproducible(found), strict=True):
+            assert other == pytest.approx(one, rel=LOSS_TOLERANCE)
