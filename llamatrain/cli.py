@@ -85,7 +85,7 @@ def run_command(schema: type[T], config_name: str, function: Callable[[T], None]
         try:
             function(build(schema, plain_values(composed, swept)))
         except LlamatrainError as error:
-            _fail(str(error), error.exit_code, speaks_for_all=error.speaks_for_all)
+            _fail(str(error), error.exit_code)
         except InterpolationKeyError as error:
             hint = r"${…} means another setting; write \${…} for the characters themselves"
             _fail(f"{str(error).splitlines()[0]}: {hint}", ConfigError.exit_code)
@@ -195,12 +195,12 @@ def _missing_option(error: MissingConfigException) -> str:
     return f"{group}={option}: there is no such choice; {hint}conf/{group} has {', '.join(options)}"
 
 
-def _fail(message: str, exit_code: int, *, speaks_for_all: bool = False) -> None:
+def _fail(message: str, exit_code: int) -> None:
     """Exit with a message; of many ranks that fail alike, rank 0 prints it, and torchrun hears it from each."""
     if os.environ.get("LLAMATRAIN_TRACEBACK") == "1":
         traceback.print_exc()
     write_error_file(message)
     torchrun_tells = "TORCHELASTIC_ERROR_FILE" in os.environ
-    if speaks_for_all or os.environ.get("RANK", "0") == "0" or not torchrun_tells:
+    if os.environ.get("RANK", "0") == "0" or not torchrun_tells:
         print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(exit_code)

@@ -16,7 +16,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -35,6 +35,7 @@ from llamatrain.process import Process
 T = TypeVar("T")
 
 PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # gloo's words for it
+LAST_WORDS_S = 10
 POLL_S = 0.02  # between two looks at the store while the ranks meet
 
 
@@ -152,10 +153,22 @@ class World:
         if self._store is None:
             return mine
         try:
-            told = self._store.compare_set("failure", "", json.dumps(asdict(mine)))
-            return Failure(**json.loads(told))
+            first = self._store.compare_set("failure", "", json.dumps(asdict(mine)))
+            return Failure(**json.loads(first))
         except Exception:  # the store went with its process: whoever was first, this one knows only itself
             return mine
+
+    def failure_is_told(self) -> None:
+        """Say that the first failure stands where people look, so that the other ranks may go."""
+        if self._store is not None:
+            with suppress(RuntimeError):
+                self._store.set("failure told", "")
+
+    def wait_until_told(self) -> None:
+        """Stay until then: a launcher ends all ranks when one exits, and the first may still be writing."""
+        if self._store is not None:
+            with suppress(RuntimeError):
+                self._store.wait(["failure told"], timedelta(seconds=LAST_WORDS_S))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ class LlamatrainError(Exception):
     """An error whose message is meant for the user."""
 
     exit_code = 1
-    speaks_for_all = False  # set where one of many ranks, not necessarily rank 0, tells what ended the run
 
 
 class ConfigError(LlamatrainError):

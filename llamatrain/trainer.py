@@ -133,13 +133,17 @@ def give_up_if_hopeless(config: RunConfig, directory: RunDirectory) -> None:
 
 
 def tell_failure(error: BaseException, directory: RunDirectory, world: World, rank_log: RankLog) -> None:
-    """Whichever rank fails first writes the status and gets the console; the others write their log and exit."""
+    """Put the failure into the status, the rank's log and torchrun's summary. One process alone then raises it.
+
+    Of many, whichever rank fails first writes the status and tells the user; all leave with that failure's status.
+    """
     failure = world.first_failure(error)
     trace = "".join(traceback.format_exception(error))
     reason = f"rank {failure.rank} on {failure.host}: {failure.message}" if world.size > 1 else failure.message
     write_error_file(reason)
     if failure.rank != world.rank:
         rank_log.write(f"{reason}\nThat rank failed first. What this one saw:\n{trace}")
+        world.wait_until_told()
         sys.exit(failure.exit_code)
     rank_log.write(trace)
     if isinstance(error, ConfigError | DataError):
@@ -148,9 +152,12 @@ def tell_failure(error: BaseException, directory: RunDirectory, world: World, ra
         directory.note_failure(UNHEALTHY, reason)
     else:
         directory.note_failure(RUNNING, reason)
-    rank_log.give_console_back()
-    if isinstance(error, LlamatrainError):
-        error.speaks_for_all = True
+    if world.size > 1:
+        rank_log.give_console_back()
+        meant_for_users = isinstance(error, LlamatrainError) and os.environ.get("LLAMATRAIN_TRACEBACK") != "1"
+        print(f"error: {error}" if meant_for_users else trace, file=sys.stderr, flush=True)
+        world.failure_is_told()
+        sys.exit(failure.exit_code)
 
 
 def settle(config: RunConfig, directory: RunDirectory, world: World) -> RunConfig:

@@ -1,14 +1,19 @@
 """One run on one, two and four processes: the same samples, initial weights, losses, norms and gradients."""
 
+from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-from llamatrain.config import RunConfig
+from llamatrain.config import ModelConfig, ParallelConfig, RunConfig
 from llamatrain.data.loader import Batch
-from llamatrain.distributed import World
+from llamatrain.distributed import World, local_part
 from llamatrain.model.init import init_weights
+from llamatrain.model.llama import Llama
+from llamatrain.parallel import fsdp
 from llamatrain.trainer import Trainer
 from tests.courses import BF16_TOLERANCE, Course, Spoil, check_same_course, course_of
 from tests.ranks import on_ranks
@@ -67,6 +72,16 @@ def test_bf16_stays_within_its_tolerance(ranks: int, sources: dict[str, Path], t
     plain = course_of(World(), config_for(tmp_path / "1", sources, micro_batch=GLOBAL_BATCH, train=bf16))
     spread = on_ranks(ranks, course_of, config_for(tmp_path / "n", sources, train=bf16), STEPS)[0]
     check_same_course(plain, spread, tolerance=BF16_TOLERANCE)
+
+
+def course_on_two_nodes(world: World, config: RunConfig) -> Course:
+    world.process = replace(world.process, local_rank=world.rank % 2, local_world_size=2)
+    return course_of(world, config, STEPS)
+
+
+def test_weights_kept_within_the_node_change_nothing(alone: Course, sources: dict[str, Path], tmp_path: Path) -> None:
+    config = config_for(tmp_path, sources, parallel={"reshard_after_forward": "node"})
+    check_same_course(alone, on_ranks(4, course_on_two_nodes, config)[0])
 
 
 # Faults planted on purpose: each must be caught
@@ -143,3 +158,20 @@ def test_each_rank_draws_its_share_of_the_initial_weights(ranks: int, sources: d
     config = config_for(tmp_path, sources, model={"vocab_size": 512})  # every matrix divides by 4
     counts = on_ranks(ranks, numbers_drawn, config)
     assert [drawn for drawn, _ in counts] == [counts[0][1] // ranks] * ranks
+
+
+def boxes_of_65b(world: World) -> dict[str, tuple[list[int], list[int]]]:
+    """(shape, offset) of what this rank would draw, by the function that the drawing uses; nothing is allocated."""
+    text = (Path(__file__).parents[2] / "conf" / "model" / "65b.yaml").read_text()
+    with torch.device("meta"):
+        model = Llama(ModelConfig(**yaml.safe_load(text), attention="sdpa"))
+    fsdp.shard(model, fsdp.data_parallel_mesh(world, torch.device("cpu")), ParallelConfig(), ranks_per_node=1)
+    parts = {name: local_part(parameter.detach()) for name, parameter in model.named_parameters()}
+    return {name: (list(part.shape), offset) for name, (part, offset) in parts.items()}
+
+
+def test_each_of_four_ranks_draws_a_quarter_of_65b() -> None:
+    ranks = on_ranks(4, boxes_of_65b)
+    assert [sum(prod(shape) for shape, _ in boxes.values()) for boxes in ranks] == [65_285_660_672 // 4] * 4
+    for name, (shape, _) in ranks[0].items():
+        assert [boxes[name] for boxes in ranks] == [(shape, [r * shape[0], *[0] * len(shape[1:])]) for r in range(4)]
