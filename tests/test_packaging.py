@@ -34,15 +34,15 @@ def test_xformers_fairscale_and_wandb_are_imported_only_when_used() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def run(*arguments: str | Path, cwd: Path, python: Path) -> str:
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+def run(*arguments: str | Path, cwd: Path, python: Path, extra: dict[str, str] | None = None) -> str:
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | (extra or {})
     done = subprocess.run([python, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 @pytest.mark.slow
-def test_a_wheel_in_another_environment_trains_with_its_packaged_configuration(
+def test_a_wheel_in_another_environment_trains_alone_and_under_torchrun(
     tiny_dataset: Callable[..., Path], tmp_path: Path
 ) -> None:
     python = Path(sys.executable)
@@ -72,4 +72,13 @@ def test_a_wheel_in_another_environment_trains_with_its_packaged_configuration(
         "optim.warmup_steps=1", "train.device=cpu", cwd=tmp_path, python=other,
     )  # fmt: skip
     assert saved_steps(tmp_path / "runs" / "llama") == [2]
+    environment = {"PYTHON": str(other), "NPROC_PER_NODE": "2", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    launcher = run("-c", "import launch; print(launch.__path__[0])", cwd=tmp_path, python=other).strip()
+    run(
+        f"{launcher}/torchrun.sh", "name=spread", "model=15m", "model.dim=32", "model.n_layers=1", "model.n_heads=2",
+        f"data.sources.text.path={data}", "data.seq_len=32", "train.steps=2", "train.global_batch_tokens=64",
+        "optim.warmup_steps=1", "train.device=cpu", cwd=tmp_path, python=Path("bash"), extra=environment,
+    )  # fmt: skip
+    assert len(list((tmp_path / "runs" / "spread" / "checkpoints" / "step-00000002").glob("model.rank*"))) == 2
+    assert f"{launcher}/slurm/train.sbatch" in map(str, Path(launcher).rglob("*.sbatch"))
     assert "before every document" in run("-m", "data_tools.tokenize_shards", "--help", cwd=tmp_path, python=other)

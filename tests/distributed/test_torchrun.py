@@ -121,6 +121,19 @@ def test_killed_ranks_come_back_and_the_weights_are_those_of_the_undisturbed_run
     assert len({json.loads(line)["attempt"] for line in starts}) == 1
 
 
+def test_a_rank_that_hangs_ends_in_a_time_out_and_a_restart(
+    data: str, undisturbed: tuple[Path, str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "2")  # torchrun's patience with a worker that does not react
+    process = start([*SHAPE, data, f"run_dir={tmp_path}", "parallel.timeout_s=4"], restarts=1)
+    wait_for(lambda: step_reached(tmp_path) >= 12 and len(workers(process)) == 2, process)
+    os.kill(workers(process)[1], signal.SIGSTOP)
+    exit_status, _, err = finish(process)
+    assert exit_status == 0, err
+    assert "Timed out waiting 4000ms" in err
+    assert_same_run(undisturbed[0], tmp_path, step=60)
+
+
 def test_a_signal_to_torchrun_saves_and_the_same_command_goes_on(
     data: str, undisturbed: tuple[Path, str, str], tmp_path: Path
 ) -> None:
