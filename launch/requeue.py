@@ -19,7 +19,7 @@ from llamatrain.process import attempt_id
 from llamatrain.run_directory import PREEMPTED, RUNNING, read_status
 
 REQUEUE, DO_NOT, UNREADABLE = 0, 1, 2
-SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")  # reasons of a run that a signal reached directly
+SIGNALS = ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT")  # reasons of a run that a signal reached directly
 STOP_FILE = "control/stop"
 
 

@@ -37,11 +37,9 @@ gpus=$(visible_gpus)
 processes=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
 cores=$(env -u OMP_NUM_THREADS nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
-# A launch is an attempt: what ended one needs a person; who types the command again is that person. The job of an
-# interactive allocation would pass for the same attempt every time.
+# A launch is an attempt: what ended one needs a person; who types the command again is that person.
 LLAMATRAIN_ATTEMPT="launch-$(hostname)-$$-$(date +%s)"
 export LLAMATRAIN_ATTEMPT
-unset SLURM_JOB_ID
 
 rm -f "$RUN_DIR/control/stop" "$RUN_DIR/control/save" # left by a launch that died before it saw them
 

@@ -75,14 +75,14 @@ def run_command(schema: type[T], config_name: str, function: Callable[[T], None]
     directory = (config_directory() / config_name).parent
     groups = {path.name for path in directory.iterdir() if path.is_dir()}
     sys.argv[1:] = command_line(sys.argv[1:], groups=groups, texts=text_keys(schema))
-    sweeping = [argument for argument in sys.argv[1:] if argument in ("-m", "--multirun")]
-    if sweeping and os.environ.get("WORLD_SIZE"):
-        refusal = f"{sweeping[0]} under torchrun: every job of a sweep needs processes of its own; sweep without it"
-        _fail(refusal, ConfigError.exit_code)
     swept = {argument.partition("=")[0].lstrip("+") for argument in sys.argv[1:] if is_sweep(argument)}
 
     def job(composed: DictConfig) -> None:
         try:
+            if HydraConfig.get().mode == RunMode.MULTIRUN and os.environ.get("WORLD_SIZE"):
+                raise ConfigError(
+                    "--multirun under torchrun: every job of a sweep needs processes of its own; sweep without torchrun"
+                )
             function(build(schema, plain_values(composed, swept)))
         except LlamatrainError as error:
             _fail(str(error), error.exit_code)

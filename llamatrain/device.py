@@ -36,6 +36,8 @@ def choose_device(name: str, *, setting: str, local_rank: int = 0) -> torch.devi
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError(f"{setting}={name}: this machine has no CUDA device; use {setting}=cpu")
+    if torch.cuda.device_count() == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        local_rank = 0  # srun --gpus-per-task=1 shows each task its own GPU alone
     if local_rank >= torch.cuda.device_count():
         raise ConfigError(
             f"local rank {local_rank} of {socket.gethostname()} has no GPU of its own, there are "

@@ -11,6 +11,7 @@ under it.
 
 import json
 import os
+import resource
 import socket
 import time
 import traceback
@@ -64,6 +65,7 @@ class World:
         """Meet the other ranks and make the process groups. Raises DistributedError if some do not come."""
         if self.size == 1:
             return
+        _allow_open_files()
         host_timeout = timedelta(seconds=settings.host_timeout_s)
         self._store = meet(self.process, timeout=host_timeout)
         dist.init_process_group(
@@ -245,6 +247,12 @@ def _answer(store: dist.Store, process: Process, timeout: timedelta) -> str:
     name = store.get(f"llamatrain/answer/{word}").decode()
     store.set(f"{name}/here/{process.rank}", "")
     return name
+
+
+def _allow_open_files() -> None:
+    """Raise the limit as far as it goes: gloo takes two sockets for every other rank, and 1,024 is a usual limit."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def local_part(tensor: Tensor) -> tuple[Tensor, list[int]]:

@@ -6,9 +6,12 @@ are still held during the second. It happens in a directory of its own beside th
 """
 
 import logging
+import os
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -31,9 +34,15 @@ MICRO_BATCHES = 2
 
 def run(config: RunConfig, stop: StopRequest) -> None:
     """Rehearse the run that `config` describes; on many processes every rank calls this. Raises LlamatrainError."""
-    aside = replace(config, run_dir=f"{config.run_dir}.dry_run", evaluation=replace(config.evaluation, every_steps=0))
-    aside.logging = replace(config.logging, wandb="off")
+    run_dir = Path(os.path.abspath(config.run_dir))
+    aside = replace(
+        config,
+        run_dir=f"{run_dir}.dry_run",
+        evaluation=replace(config.evaluation, every_steps=0),
+        logging=replace(config.logging, wandb="off"),
+    )
     leads = this_process().leads
+    missing = [parent for parent in run_dir.parents if not parent.exists()]
     if leads:  # what a killed rehearsal left would be resumed
         shutil.rmtree(aside.run_dir, ignore_errors=True)
     try:
@@ -41,6 +50,9 @@ def run(config: RunConfig, stop: StopRequest) -> None:
     finally:
         if leads:
             shutil.rmtree(aside.run_dir, ignore_errors=True)
+            for parent in missing:
+                with suppress(OSError):
+                    parent.rmdir()
 
 
 def rehearse(trainer: Trainer) -> None:
@@ -89,8 +101,9 @@ def longest(batch: Batch) -> Batch:
         batch,
         samples=batch.samples[:rows],
         sources=batch.sources[:rows],
-        rows=batch.rows[:rows],
+        rows=batch.tokens[:rows],  # without the targets apart, in which documents are masked
         document_lengths=lengths if batch.document_lengths is not None else None,
+        valid_targets=rows * batch.seq_len,
     )
 
 

@@ -58,16 +58,17 @@ def this_process() -> Process:
 def attempt_id() -> str:
     """What tells one launch from the next: the same for all restarts of workers within it.
 
-    (SLURM job, restart count); or LLAMATRAIN_ATTEMPT, if a launcher sets it; or torchrun's own process; or an id of
-    this process.
+    LLAMATRAIN_ATTEMPT, if a launcher sets it (train.sbatch: SLURM's job and restart count); or torchrun's own process;
+    or, for ranks that SLURM started itself, its job and restart count; or an id of this process.
     """
-    if job := os.environ.get("SLURM_JOB_ID"):
-        return f"slurm-{job}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
     if attempt := os.environ.get("LLAMATRAIN_ATTEMPT"):
         return attempt
     if "TORCHELASTIC_RESTART_COUNT" in os.environ:
         # torchrun's run id is the word "none" by default, so it tells nothing apart
         return f"torchrun-{socket.gethostname()}-{os.getppid()}-{_start_time(os.getppid())}"
+    job = os.environ.get("SLURM_JOB_ID")
+    if job and os.environ.get("WORLD_SIZE"):
+        return f"slurm-{job}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
     return f"process-{PROCESS_ID}"
 
 

@@ -118,10 +118,10 @@ class RunDirectory:
         return [entry for entry in map(json.loads, lines) if entry["event"] in kinds]
 
     def starts_without_progress(self) -> int:
-        """How many starts in a row ended without a checkpoint, an ordered end, or a person's look in between."""
+        """How many launches in a row ended without a checkpoint, an ordered end, or a person's look in between."""
         count = 0
-        for entry in self.events("start", "checkpoint", "stop", "done", "gave_up"):
-            count = count + 1 if entry["event"] == "start" else 0
+        for entry in self.events("launch", "checkpoint", "stop", "done", "gave_up"):
+            count = count + 1 if entry["event"] == "launch" else 0
         return count
 
     def set_status(
@@ -155,13 +155,9 @@ class RunDirectory:
             self.set_status(RUNNING, phase=phase)
 
     def note_failure(self, state: str, reason: str) -> None:
-        """Set the status from whichever rank fails first."""
-        self._write_status(state, reason)
-
-    def refuse(self, reason: str) -> None:
-        """Set the status to bad_input; a run that is done stays done, whatever was typed after it."""
-        if not self.was_done:
-            self._write_status(BAD_INPUT, reason)
+        """Set the status, from whichever rank; a run that is done stays done, whatever was typed after it."""
+        if not (self.was_done and state == BAD_INPUT):
+            self._write_status(state, reason)
 
     def requests(self, name: str) -> bool:
         """Whether somebody put control/<name> there; only rank 0 looks."""
@@ -198,7 +194,7 @@ def note_refusal(path: str | Path, reason: str) -> None:
     """Set the status of a run that exists, and in which nobody works, to bad_input."""
     if read_status(path) is not None:
         directory = RunDirectory(path)
-        directory.refuse(reason)
+        directory.note_failure(BAD_INPUT, reason)
         directory.close()
 
 

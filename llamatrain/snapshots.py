@@ -58,8 +58,10 @@ class Snapshots:
         root = self.directory.checkpoints
         path = store.save(root, step, groups, content, world=self.world)
         self.directory.record("checkpoint", step=step, path=path.name)
-        if self.world.leads:
-            commit.prune(root, keep_last=settings.keep_last, keep_every_steps=settings.keep_every_steps)
+        # decided, so that the others wait here, where there is time, and not in a collective of the next step
+        self.world.decide(
+            lambda: commit.prune(root, keep_last=settings.keep_last, keep_every_steps=settings.keep_every_steps)
+        )
 
     def restore(self) -> tuple[int, DataState] | None:
         """Load the newest checkpoint that can be used; its step and data state, or None if the run has none yet.
@@ -69,7 +71,8 @@ class Snapshots:
         """
         root, world = self.directory.checkpoints, self.world
         refused: list[tuple[Path, str]] = []
-        for checkpoint in world.decide(self._candidates):
+        for name in world.decide(self._candidates):
+            checkpoint = root / name
             try:
                 hashes = self.config.checkpoint.verify_hashes
                 manifest = store.open_checkpoint(checkpoint, hashes=hashes, world=world)
@@ -92,9 +95,9 @@ class Snapshots:
         log.info("%s has no checkpoint: starting at step 0", self.directory.path)
         return None
 
-    def _candidates(self) -> list[Path]:
+    def _candidates(self) -> list[str]:
         commit.clean(self.directory.checkpoints)
-        return commit.list_checkpoints(self.directory.checkpoints)
+        return [checkpoint.name for checkpoint in commit.list_checkpoints(self.directory.checkpoints)]
 
     def _set_aside(self, refused: list[tuple[Path, str]]) -> None:
         for checkpoint, reason in refused:

@@ -21,7 +21,7 @@ Every setting is key=value; a group's choice is group=choice (a file of conf/). 
   evaluation.every_steps=500                validation loss per source, bits per byte
   logging.every_steps=10 logging.wandb=off|offline|online
   name=NAME run_dir=runs/NAME               where it lives
-  parallel.reshard_after_forward=always|node|never   on many GPUs: memory for fewer gathers
+  parallel.reshard_after_forward=always|never   on many GPUs: never takes memory and saves gathers
 
 On several GPUs: torchrun --standalone --nproc_per_node 8 -m llamatrain.train … (docs/clusters.md for SLURM).
 

@@ -40,7 +40,7 @@ from llamatrain.device import (
     memory_gib,
 )
 from llamatrain.distributed import World
-from llamatrain.errors import CheckpointError, ConfigError, DataError, LlamatrainError, UnhealthyRun
+from llamatrain.errors import ConfigError, LlamatrainError, UnhealthyRun
 from llamatrain.evaluation.validation import Validation
 from llamatrain.files import write_bytes_atomically
 from llamatrain.model.attention import resolve_backend
@@ -58,6 +58,7 @@ from llamatrain.process import attempt_id, this_process, write_error_file
 from llamatrain.resilience.agreement import SAVE_FILE, STOP_FILE, Agreement
 from llamatrain.resilience.control import StopRequest
 from llamatrain.run_directory import (
+    BAD_INPUT,
     DONE,
     PREEMPTED,
     RUNNING,
@@ -72,6 +73,8 @@ from llamatrain.snapshots import Snapshots
 from llamatrain.tokenizer import TOKENIZER_FILE, Tokenizer
 
 log = logging.getLogger("llamatrain")
+
+FAILED_STATES = {ConfigError.exit_code: BAD_INPUT, UnhealthyRun.exit_code: UNHEALTHY}  # any other is a crash
 
 
 def run(config: RunConfig, stop: StopRequest, *, work: Callable[["Trainer"], None] | None = None) -> None:
@@ -102,9 +105,10 @@ def run_on(
             if not directory.was_done:  # it stays done if what was typed now is refused
                 directory.set_status(RUNNING, phase=STARTING)
             world.decide(lambda: give_up_if_hopeless(config, directory))
-            with ExitStack() as opened:
-                trainer = Trainer(settle(config, directory, world), directory, stop, world, opened)
-                (work or Trainer.fit)(trainer)
+            directory.record("launch", world_size=world.size)
+            opened = resources.enter_context(ExitStack())  # closed after a failure is told: closing may hang
+            trainer = Trainer(settle(config, directory, world), directory, stop, world, opened)
+            (work or Trainer.fit)(trainer)
         except BaseException as error:
             tell_failure(error, directory, world, rank_log)
             raise
@@ -135,29 +139,27 @@ def give_up_if_hopeless(config: RunConfig, directory: RunDirectory) -> None:
 def tell_failure(error: BaseException, directory: RunDirectory, world: World, rank_log: RankLog) -> None:
     """Put the failure into the status, the rank's log and torchrun's summary. One process alone then raises it.
 
-    Of many, whichever rank fails first writes the status and tells the user; all leave with that failure's status.
+    Of many, whichever rank fails first writes the status and tells the user; all leave with that failure's exit
+    status. Rank 0 writes the status again, as its own heartbeat may have come in between.
     """
     failure = world.first_failure(error)
-    trace = "".join(traceback.format_exception(error))
     reason = f"rank {failure.rank} on {failure.host}: {failure.message}" if world.size > 1 else failure.message
     write_error_file(reason)
-    if failure.rank != world.rank:
-        rank_log.write(f"{reason}\nThat rank failed first. What this one saw:\n{trace}")
+    first = failure.rank == world.rank
+    if not first:
         world.wait_until_told()
-        sys.exit(failure.exit_code)
-    rank_log.write(trace)
-    if isinstance(error, ConfigError | DataError):
-        directory.refuse(reason)
-    elif isinstance(error, CheckpointError | UnhealthyRun):
-        directory.note_failure(UNHEALTHY, reason)
-    else:
-        directory.note_failure(RUNNING, reason)
-    if world.size > 1:
-        rank_log.give_console_back()
+        rank_log.write(f"{reason}\nThat rank failed first. What this one saw:")
+    rank_log.write("".join(traceback.format_exception(error)))
+    if first or world.leads:
+        directory.note_failure(FAILED_STATES.get(failure.exit_code, RUNNING), reason)
+    if world.size == 1:
+        return
+    if first:
         meant_for_users = isinstance(error, LlamatrainError) and os.environ.get("LLAMATRAIN_TRACEBACK") != "1"
-        print(f"error: {error}" if meant_for_users else trace, file=sys.stderr, flush=True)
+        rank_log.give_console_back()
+        print(f"error: {error}" if meant_for_users else failure.trace, file=sys.stderr, flush=True)
         world.failure_is_told()
-        sys.exit(failure.exit_code)
+    sys.exit(failure.exit_code)
 
 
 def settle(config: RunConfig, directory: RunDirectory, world: World) -> RunConfig:
@@ -180,6 +182,7 @@ def settle(config: RunConfig, directory: RunDirectory, world: World) -> RunConfi
         device = choose_device(config.train.device, setting="train.device", local_rank=world.process.local_rank)
     train, model = config.train, config.model
     precision = choose_precision(train.precision, device)
+    world.check_same("device", {"train.device": device.type, "train.precision": precision})
     attention = world.decide(lambda: resolve_backend(model.attention, device))
     return replace(
         config,
@@ -243,9 +246,8 @@ class Trainer:
 
     def _open_data(self) -> tuple[Tokenizer, list[Source]]:
         data = self.config.data
-        if not self.world.leads:
-            data = replace(data, verify_hashes=False)  # reading everything once is enough
-        sources = open_sources(data, vocab_size=self.config.model.vocab_size)
+        share = (self.world.rank, self.world.size)
+        sources = open_sources(data, vocab_size=self.config.model.vocab_size, share=share)
         tokenizer = Tokenizer(data.tokenizer or sources[0].manifest.directory / TOKENIZER_FILE)
         check_tokenizers(sources, tokenizer.sha256)
         for source in sources:
@@ -287,8 +289,7 @@ class Trainer:
         with torch.device("meta"):
             model = Llama(config.model, compute_dtype=PRECISIONS[config.train.precision])
         if world.size > 1:
-            mesh = fsdp.data_parallel_mesh(world, self.device)
-            fsdp.shard(model, mesh, config.parallel, ranks_per_node=world.process.local_world_size)
+            fsdp.shard(model, fsdp.data_parallel_mesh(world, self.device), config.parallel)
         model.to_empty(device=self.device)
         model.rebuild_rope_tables()
         return model
@@ -437,6 +438,7 @@ class Trainer:
         else:
             return False
         self.agreement.honoured(STOP_FILE)
+        self.agreement.honoured(SAVE_FILE)  # this very step is saved
         return True
 
     def _save(self) -> None:

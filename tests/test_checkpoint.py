@@ -36,6 +36,13 @@ def read_simple(checkpoint: Path, **targets: torch.Tensor) -> None:
     store.Reader(checkpoint, store.open_checkpoint(checkpoint)).fill("model", targets)
 
 
+def describe(manifest: dict[str, Any], name: str, chunks: Any) -> None:
+    """Have a manifest list these chunks for a tensor."""
+    entry = manifest["tensors"]["model"][name]
+    entry.pop("rows", None)
+    entry["chunks"] = chunks
+
+
 def edit_manifest(checkpoint: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Change the manifest as somebody would who also corrects every hash in it."""
     path = checkpoint / commit.MANIFEST_FILE
@@ -102,7 +109,7 @@ def test_a_box_of_a_tensor_is_assembled_from_any_chunks(
         chunks.append([rank, [top, left], list(piece.shape)])
 
     def cut(manifest: dict[str, Any]) -> None:
-        manifest["tensors"]["model"]["weight"]["chunks"] = chunks
+        describe(manifest, "weight", chunks)
         manifest["files"] = {store.file_name("model", rank): {} for rank in range(len(chunks))}
 
     edit_manifest(checkpoint, cut)
@@ -167,6 +174,28 @@ def test_a_malformed_manifest_is_refused_and_nothing_else_happens(
         assert torch.equal(found["scale"], scale)
 
 
+MALFORMED_ROWS = [0, -1, True, 1.5, "4", None, [4], 10**40]
+
+
+@pytest.mark.parametrize("rows", MALFORMED_ROWS)
+def test_malformed_rows_are_refused(rows: Any, tmp_path: Path) -> None:
+    checkpoint = save_simple(tmp_path)
+    edit_manifest(checkpoint, lambda manifest: manifest["tensors"]["model"]["weight"].update(rows=rows))
+    if rows == 10**40:  # more rows than there are: still all of them on rank 0
+        found = torch.zeros(4, 3)
+        read_simple(checkpoint, weight=found)
+        return
+    with pytest.raises(CheckpointError, match=r"chunks of weight|weight lies in"):
+        store.open_checkpoint(checkpoint)
+
+
+def test_rows_of_ranks_that_cannot_be_are_not_counted_up(tmp_path: Path) -> None:
+    checkpoint = save_simple(tmp_path)
+    edit_manifest(checkpoint, lambda m: m["tensors"]["model"]["weight"].update(shape=[10**18, 3], rows=1))
+    with pytest.raises(CheckpointError, match="chunks of weight"):
+        store.open_checkpoint(checkpoint)
+
+
 MALFORMED_CHUNKS: dict[str, Any] = {
     "not a list": {"0": [0, [0, 0], [4, 3]]},
     "an empty list": [],
@@ -189,14 +218,14 @@ MALFORMED_CHUNKS: dict[str, Any] = {
 @pytest.mark.parametrize("kind", MALFORMED_CHUNKS)
 def test_malformed_chunks_are_refused(kind: str, tmp_path: Path) -> None:
     checkpoint = save_simple(tmp_path)
-    edit_manifest(checkpoint, lambda m: m["tensors"]["model"]["weight"].update(chunks=MALFORMED_CHUNKS[kind]))
+    edit_manifest(checkpoint, lambda m: describe(m, "weight", MALFORMED_CHUNKS[kind]))
     with pytest.raises(CheckpointError, match=r"chunks of weight"):
         store.open_checkpoint(checkpoint)
 
 
 def test_a_chunk_of_a_rank_that_wrote_nothing_is_refused(tmp_path: Path) -> None:
     checkpoint = save_simple(tmp_path)
-    edit_manifest(checkpoint, lambda m: m["tensors"]["model"]["weight"].update(chunks=[[10**9, [0, 0], [4, 3]]]))
+    edit_manifest(checkpoint, lambda m: describe(m, "weight", [[10**9, [0, 0], [4, 3]]]))
     with pytest.raises(
         CheckpointError, match=r"lies in model\.rank1000000000\.safetensors, which the manifest does not"
     ):
@@ -232,7 +261,7 @@ def test_a_group_that_was_not_proved_cannot_be_read(tmp_path: Path) -> None:
 
 def test_the_manifest_is_compact(tmp_path: Path) -> None:
     text = (save_simple(tmp_path) / commit.MANIFEST_FILE).read_text()
-    assert '"weight":{"dtype":"float32","shape":[4,3],"chunks":[[0,[0,0],[4,3]]]}' in text
+    assert '"weight":{"dtype":"float32","shape":[4,3],"rows":4}' in text
     assert text.count("\n") == 1
 
 
@@ -278,16 +307,15 @@ def remove_a_file(checkpoint: Path) -> None:
 
 
 def remove_a_chunk(checkpoint: Path) -> None:
-    edit_manifest(checkpoint, lambda manifest: manifest["tensors"]["model"]["norm.weight"].update(chunks=[]))
+    edit_manifest(checkpoint, lambda manifest: describe(manifest, "norm.weight", []))
 
 
 def overlap_chunks(checkpoint: Path) -> None:
     """Two chunks with the right volume together that share a row and leave one out."""
 
     def overlap(manifest: dict[str, Any]) -> None:
-        ((rank, _, (size,)),) = manifest["tensors"]["model"]["norm.weight"]["chunks"]
-        chunks = [[rank, [offset], [size // 2]] for offset in (0, size // 2 - 1)]
-        manifest["tensors"]["model"]["norm.weight"]["chunks"] = chunks
+        ((rank, _, (size,)),) = store.chunks_of(manifest["tensors"]["model"]["norm.weight"])
+        describe(manifest, "norm.weight", [[rank, [offset], [size // 2]] for offset in (0, size // 2 - 1)])
 
     edit_manifest(checkpoint, overlap)
 

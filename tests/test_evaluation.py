@@ -17,7 +17,7 @@ from llamatrain.data.shards import open_tokens, read_manifest
 from llamatrain.data.sources import open_sources
 from llamatrain.distributed import World
 from llamatrain.errors import DataError
-from llamatrain.evaluation.validation import Tally, Validation, unigram_entropy, windows
+from llamatrain.evaluation.validation import Tally, Validation, places, unigram_entropy, windows
 from llamatrain.model.init import init_weights
 from llamatrain.model.llama import Llama
 from llamatrain.tokenizer import Tokenizer
@@ -54,8 +54,8 @@ def test_every_token_is_a_target_once(
     stream = np.concatenate([open_tokens(manifest, shard)[1:] for shard in manifest.shards("validation")])
     found = windows(
         manifest,
+        places(manifest, seq_len=seq_len, max_tokens=max_tokens),
         seq_len=seq_len,
-        max_tokens=max_tokens,
         document_mask=False,
         bytes_per_token=Tokenizer(tiny_tokenizer).bytes_per_token,
     )
@@ -75,8 +75,9 @@ def test_losses_are_those_of_one_window_at_a_time(
     for name, path in sources.items():
         manifest = read_manifest(path)
         loss, targets, text_bytes = 0.0, 0, 0
+        everywhere = places(manifest, seq_len=SEQ_LEN, max_tokens=None)
         for window in windows(
-            manifest, seq_len=SEQ_LEN, max_tokens=None, document_mask=document_mask, bytes_per_token=table
+            manifest, everywhere, seq_len=SEQ_LEN, document_mask=document_mask, bytes_per_token=table
         ):
             lengths = window.document_lengths if document_mask else None
             with torch.no_grad():

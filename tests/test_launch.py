@@ -214,7 +214,7 @@ def test_a_job_is_started_again_only_from_what_its_own_attempt_left(
 
 def test_the_decision_is_an_exit_status_and_a_status_that_cannot_be_read_is_none(tmp_path: Path) -> None:
     def ask() -> tuple[int, str]:
-        environment = {**os.environ, "SLURM_JOB_ID": "1", "SLURM_RESTART_COUNT": "0", "PYTHONPATH": str(REPOSITORY)}
+        environment = {**os.environ, "LLAMATRAIN_ATTEMPT": "slurm-1-0", "PYTHONPATH": str(REPOSITORY)}
         command = [sys.executable, "-m", "launch.requeue", str(tmp_path)]
         done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
         return done.returncode, done.stdout

@@ -75,16 +75,19 @@ def test_heartbeats_are_written_now_and_then(tmp_path: Path, monkeypatch: pytest
 
 def test_an_attempt_is_the_slurm_job_and_its_restarts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert attempt_id() == attempt_id()
-    monkeypatch.setenv("LLAMATRAIN_ATTEMPT", "launch-5")
-    assert attempt_id() == "launch-5"
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
-    assert attempt_id() == "slurm-77-2" == attempt_id()
+    alone = attempt_id()  # in an interactive allocation, say, where every command is a launch of its own
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert attempt_id() == "slurm-77-2" != alone
+    monkeypatch.setenv("LLAMATRAIN_ATTEMPT", "launch-5")
+    assert attempt_id() == "launch-5"
 
 
 def test_an_attempt_that_failed_is_not_repeated_and_a_new_one_is_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     refuse_same_attempt(tmp_path)
     directory = RunDirectory(tmp_path)

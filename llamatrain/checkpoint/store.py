@@ -159,7 +159,29 @@ def _merge(temporary: Path, shares: Sequence[Entries]) -> dict[str, dict[str, An
                     f"{temporary}: the ranks wrote {written} elements of {name}, whose shape is {entry['shape']}; "
                     "earlier checkpoints are whole"
                 )
+            _shorten(entry)
     return tensors
+
+
+def _shorten(entry: dict[str, Any]) -> None:
+    """Where rank r has the r-th so many rows, as sharding over all ranks gives it, say just how many."""
+    (_, _, extent), *_ = entry["chunks"]
+    if extent:
+        by_rule = {"shape": entry["shape"], "rows": extent[0]}
+        if extent[0] and entry["chunks"] == list(chunks_of(by_rule)):
+            del entry["chunks"]
+            entry["rows"] = extent[0]
+
+
+def chunks_of(entry: Mapping[str, Any], first: int = 0, last: int | None = None) -> Iterator[list[Any]]:
+    """`[rank, offset, shape]` of a tensor's chunks; of those by rule, only what meets rows [first, last)."""
+    if "rows" not in entry:
+        yield from entry["chunks"]
+        return
+    (height, *width), rows = entry["shape"], entry["rows"]
+    for rank in range(first // rows, -(-(height if last is None else min(last, height)) // rows)):
+        begin = rank * rows
+        yield [rank, [begin, *[0] * len(width)], [min(rows, height - begin), *width]]
 
 
 # ---------------------------------------------------------------------- reading
@@ -192,10 +214,14 @@ def open_checkpoint(
 
 def _check_entry(checkpoint: Path, group: str, name: str, entry: Any, files: Mapping[str, Any]) -> None:
     """Refuse a tensor's description that is malformed or whose chunks leave something out."""
-    shape, chunks = (entry.get("shape"), entry.get("chunks")) if isinstance(entry, dict) else (None, None)
-    if not (isinstance(shape, list) and isinstance(chunks, list) and isinstance(entry.get("dtype"), str)):
-        raise CheckpointError(f"{checkpoint}: the manifest lacks shape, dtype or chunks of {name}")
-    if not (all(_is_chunk(chunk, shape) for chunk in chunks) and _cover(shape, chunks)):
+    if not (isinstance(entry, dict) and isinstance(entry.get("shape"), list) and isinstance(entry.get("dtype"), str)):
+        raise CheckpointError(f"{checkpoint}: the manifest lacks shape or dtype of {name}")
+    shape, chunks = entry["shape"], entry.get("chunks")
+    if "rows" in entry:
+        possible = chunks is None and bool(shape) and all(type(n) is int and n >= 1 for n in (entry["rows"], *shape))
+        possible = possible and shape[0] <= entry["rows"] * len(files)  # a file a chunk: not more than can be listed
+        chunks = list(chunks_of(entry)) if possible else None
+    if not (isinstance(chunks, list) and all(_is_chunk(chunk, shape) for chunk in chunks) and _cover(shape, chunks)):
         raise CheckpointError(f"{checkpoint}: the chunks of {name} do not cover it whole")
     for rank in {rank for rank, _, _ in chunks}:
         if file_name(group, rank) not in files:
@@ -273,14 +299,17 @@ class Reader:
                     f"{self.checkpoint}: it is of another model: {name} is {entry['dtype']} {entry['shape']} there, "
                     f"{_dtype_name(target.dtype)} {list(target.shape)} here"
                 )
-        self._copy_chunks(group, targets)
+        self._copychunks_of(group, targets)
 
     @torch.no_grad()
-    def _copy_chunks(self, group: str, targets: Mapping[str, Tensor]) -> None:
+    def _copychunks_of(self, group: str, targets: Mapping[str, Tensor]) -> None:
         by_rank: dict[int, list[tuple[str, list[int], list[int], _Part]]] = {}
         for name, target in targets.items():
             part = _Part(*local_part(target.detach()))
-            for rank, offset, extent in self._groups[group][name]["chunks"]:
+            if part.empty:
+                continue
+            rows = (part.begin[0], part.end[0]) if part.begin else ()
+            for rank, offset, extent in chunks_of(self._groups[group][name], *rows):
                 if part.meets(offset, extent):
                     by_rank.setdefault(rank, []).append((name, offset, extent, part))
         for rank, chunks in by_rank.items():
@@ -305,7 +334,7 @@ class _Part:
     def meets(self, offset: list[int], extent: list[int]) -> bool:
         """Whether a chunk has anything for this box."""
         dimensions = zip(self.begin, self.end, offset, extent, strict=True)
-        return not self.empty and all(o < e and b < o + n for b, e, o, n in dimensions)
+        return all(o < e and b < o + n for b, e, o, n in dimensions)
 
     def read(self, stored: Any, name: str, offset: list[int], extent: list[int]) -> bool:
         """Copy what a chunk has for this box; False if the file holds something of another shape or dtype."""

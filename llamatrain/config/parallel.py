@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 from llamatrain.errors import ConfigError
 
-RESHARD_AFTER_FORWARD = ("always", "node", "never")
+RESHARD_AFTER_FORWARD = ("always", "never")
 
 
 @dataclass
 class ParallelConfig:
-    # what happens to a layer's gathered weights after its forward: freed and gathered again for backward (always),
-    # kept in parts within the node, so that backward gathers there (node), or kept whole until after backward (never)
+    # what happens to a layer's gathered weights after its forward: freed, and gathered again for backward (always),
+    # or kept until after backward (never)
     reshard_after_forward: str = "always"
     timeout_s: int = 600  # a collective of a step that takes longer ends the run
     host_timeout_s: int = 1800  # the same where ranks wait for files or for each other's start

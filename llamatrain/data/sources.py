@@ -42,10 +42,12 @@ def open_sources(
     *,
     vocab_size: int | None,
     split: str = "train",
+    share: tuple[int, int] = (0, 1),
 ) -> list[Source]:
     """Read and check the manifests of all sources of a weight above 0; only verifying hashes reads tokens.
 
-    `vocab_size` is the model's; None leaves its check out. The tokenizer is another check, `check_tokenizers`.
+    `vocab_size` is the model's; None leaves its check out. Of many ranks, each verifies the hashes of its share (rank,
+    world size). The tokenizer is another check, `check_tokenizers`.
     Raises DataError naming the source and what does not fit.
     """
     sources = []
@@ -55,7 +57,7 @@ def open_sources(
                 manifest = read_manifest(entry.path)
                 check_sizes(manifest, [split])
                 if config.verify_hashes:
-                    check_hashes(manifest, [split])
+                    check_hashes(manifest, [split], share=share)
             except DataError as error:
                 raise DataError(f"data.sources.{name}: {error}") from None
             sources.append(Source(name, entry.weight, manifest, split, config.seq_len))

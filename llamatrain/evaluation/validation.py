@@ -5,13 +5,13 @@ split is cut into windows of seq_len as in training, and the last window of each
 targets. The baseline is the entropy of the targets' own unigram distribution: what a model that knows only how
 often each token occurs would reach.
 
-Ranks take batches in turn. All ranks read everything, which is little, so that counts need no communication; and a
-rank without a batch in the last round makes a forward of ignored targets, as sharded weights are gathered by all.
+Ranks take batches in turn, and the tallies are added up at the end. A rank without a batch in the last round makes a
+forward of ignored targets, as sharded weights are gathered by all.
 """
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from llamatrain.config import RunConfig
 from llamatrain.data.loader import IGNORE_INDEX, document_pieces
-from llamatrain.data.shards import Manifest, check_sizes, open_document_starts, open_tokens
+from llamatrain.data.shards import Manifest, ShardInfo, check_sizes, open_document_starts, open_tokens
 from llamatrain.data.sources import Source
 from llamatrain.distributed import World
 from llamatrain.errors import DataError
@@ -81,35 +81,40 @@ class Window(NamedTuple):
     text_bytes: int  # of text that the targets stand for, the masked ones too
 
 
-def windows(
-    manifest: Manifest,
-    *,
-    seq_len: int,
-    max_tokens: int | None,
-    document_mask: bool,
-    bytes_per_token: np.ndarray,
-) -> Iterator[Window]:
-    """A validation split in order, up to its first `max_tokens` targets.
+class Place(NamedTuple):
+    """Where a window lies."""
 
-    With `document_mask` the first token of a document is no target.
-    """
+    shard: ShardInfo
+    first: int  # token of the shard
+    targets: int  # fewer than seq_len at a shard's end and at the last of the tokens asked for
+
+
+def places(manifest: Manifest, *, seq_len: int, max_tokens: int | None) -> Iterator[Place]:
+    """The windows of a validation split in order, up to its first `max_tokens` targets; nothing is read."""
     remaining = math.inf if max_tokens is None else max_tokens
     for shard in manifest.shards(SPLIT):
-        tokens, starts = open_tokens(manifest, shard), open_document_starts(manifest, shard)
         for first in range(0, shard.tokens - 1, seq_len):
             if remaining <= 0:
                 return
-            piece = tokens[first : first + seq_len + 1].astype(np.int64)
-            given = int(min(len(piece) - 1, remaining))
-            inputs, targets = np.zeros(seq_len, np.int64), np.full(seq_len, IGNORE_INDEX, np.int64)
-            inputs[:given] = piece[:given]
-            targets[:given] = piece[1 : given + 1]
-            text_bytes, lengths = int(bytes_per_token[targets[:given]].sum()), [seq_len]
-            if document_mask:
-                lengths, begins = document_pieces(starts, first, seq_len)
-                targets[begins] = IGNORE_INDEX
-            remaining -= given
-            yield Window(inputs, targets, lengths, text_bytes)
+            targets = int(min(seq_len, shard.tokens - 1 - first, remaining))
+            remaining -= targets
+            yield Place(shard, first, targets)
+
+
+def windows(
+    manifest: Manifest, found: Iterable[Place], *, seq_len: int, document_mask: bool, bytes_per_token: np.ndarray
+) -> Iterator[Window]:
+    """The windows at some places. With `document_mask` the first token of a document is no target."""
+    for shard, first, given in found:
+        piece = open_tokens(manifest, shard)[first : first + given + 1].astype(np.int64)
+        inputs, targets = np.zeros(seq_len, np.int64), np.full(seq_len, IGNORE_INDEX, np.int64)
+        inputs[:given] = piece[:given]
+        targets[:given] = piece[1:]
+        text_bytes, lengths = int(bytes_per_token[piece[1:]].sum()), [seq_len]
+        if document_mask:
+            lengths, begins = document_pieces(open_document_starts(manifest, shard), first, seq_len)
+            targets[begins] = IGNORE_INDEX
+        yield Window(inputs, targets, lengths, text_bytes)
 
 
 class Validation:
@@ -159,30 +164,34 @@ class Validation:
 
     @torch.no_grad()
     def _tally(self, model: Llama, name: str, manifest: Manifest, keep_going: Callable[[], bool]) -> Tally | None:
-        tally = Tally()
         loss = torch.zeros((), dtype=torch.float64, device=self._device)
-        rows = windows(
-            manifest,
-            seq_len=self._seq_len,
-            max_tokens=self._settings.max_tokens,
-            document_mask=self._document_mask,
-            bytes_per_token=self._bytes_per_token,
-        )
-        total = min(manifest.tokens(SPLIT), self._settings.max_tokens or manifest.tokens(SPLIT))
+        occurrences, text_bytes = np.zeros(len(self._bytes_per_token), np.int64), 0
+        coming = places(manifest, seq_len=self._seq_len, max_tokens=self._settings.max_tokens)
+        total = min(manifest.tokens(SPLIT) - 1, self._settings.max_tokens or manifest.tokens(SPLIT))
         share = self._settings.micro_batch
         first = self._world.rank * share
         with tqdm(total=total, desc=f"validating {name}", unit="tok", leave=False, disable=None) as bar:
-            while batch := list(islice(rows, share * self._world.size)):
+            while found := list(islice(coming, share * self._world.size)):
                 if not keep_going():
                     return None
-                loss += self._loss(model, batch[first : first + share] or [_nothing(self._seq_len)])
-                targets = np.stack([window.targets for window in batch])
-                valid = targets[targets != IGNORE_INDEX]
-                text_bytes = sum(window.text_bytes for window in batch)
-                tally += Tally(0.0, len(valid), text_bytes, np.bincount(valid))
-                bar.update(len(valid))
-        tally.loss = self._world.sum(loss).item()
-        return tally
+                batch = list(
+                    windows(
+                        manifest,
+                        found[first : first + share],
+                        seq_len=self._seq_len,
+                        document_mask=self._document_mask,
+                        bytes_per_token=self._bytes_per_token,
+                    )
+                )
+                loss += self._loss(model, batch or [_nothing(self._seq_len)])
+                for window in batch:
+                    valid = window.targets[window.targets != IGNORE_INDEX]
+                    occurrences += np.bincount(valid, minlength=len(occurrences))
+                    text_bytes += window.text_bytes
+                bar.update(sum(place.targets for place in found))
+        counts = self._world.sum(torch.from_numpy(np.append(occurrences, text_bytes)).to(self._device)).tolist()
+        occurrences = np.array(counts[:-1], np.int64)
+        return Tally(self._world.sum(loss).item(), int(occurrences.sum()), counts[-1], occurrences)
 
     def _loss(self, model: Llama, batch: list[Window]) -> Tensor:
         """Sum of the token losses of some windows."""

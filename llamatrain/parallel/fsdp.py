@@ -21,13 +21,13 @@ def data_parallel_mesh(world: World, device: torch.device) -> DeviceMesh:
     return init_device_mesh(device.type, (world.size,), mesh_dim_names=("dp_shard",))
 
 
-def shard(model: Llama, mesh: DeviceMesh, settings: ParallelConfig, *, ranks_per_node: int) -> None:
+def shard(model: Llama, mesh: DeviceMesh, settings: ParallelConfig) -> None:
     """Turn the parameters of a model on the meta device into DTensors over the mesh, gathered where needed."""
     full = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     compute = MixedPrecisionPolicy(
         param_dtype=model.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    reshard = _reshard_after_forward(settings, ranks=mesh.size(), ranks_per_node=ranks_per_node)
+    reshard = settings.reshard_after_forward == "always"
     if model.output is not None:
         fully_shard(model.tok_embeddings, mesh=mesh, mp_policy=full, reshard_after_forward=reshard)
         # backward needs the head at once, so it stays gathered
@@ -47,10 +47,3 @@ def free_gathered(model: Llama) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def _reshard_after_forward(settings: ParallelConfig, *, ranks: int, ranks_per_node: int) -> bool | int:
-    """The setting in FSDP2's terms: True, False, or the number of ranks that keep one copy between them."""
-    if settings.reshard_after_forward == "node" and ranks_per_node < ranks:
-        return ranks_per_node if ranks_per_node > 1 else False
-    return settings.reshard_after_forward != "never"

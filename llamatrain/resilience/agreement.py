@@ -1,11 +1,12 @@
 """Requests to stop or to save, agreed by all ranks.
 
-A request reaches one rank, by a signal, or rank 0, by a file in the run directory. At the end of every step each
-rank takes what all had posted one step before and posts its own anew: an all-reduce of two numbers over the control
-group, which runs beside the step. So what is asked during step t takes effect on every rank at the end of step
-t+1; what is asked before the first step, at its end. A process alone acts at once.
+A request reaches one rank, by a signal or by the end of its launcher, or rank 0, by a file in the run directory. At
+the end of every step each rank takes what all had posted one step before and posts its own anew: an all-reduce of two
+numbers over the control group, which runs beside the step. So what is asked during step t takes effect on every rank
+at the end of step t+1; what is asked before the first step, at its end. A process alone acts at once.
 """
 
+import os
 import time
 
 import torch
@@ -17,8 +18,9 @@ from llamatrain.resilience.control import STOP_SIGNALS, StopRequest
 from llamatrain.run_directory import RunDirectory
 
 STOP_FILE, SAVE_FILE = "stop", "save"
+FILE_REASON, ORPHANED = f"control/{STOP_FILE}", "the launcher is gone"
 # the same on all ranks, which agree on the highest position
-REASONS = ("", *(number.name for number in STOP_SIGNALS), f"control/{STOP_FILE}")
+REASONS = ("", *(number.name for number in STOP_SIGNALS), FILE_REASON, ORPHANED)
 LOOK_EVERY_S = 0.2  # a look at the files is a question to a file system that others use too
 
 
@@ -32,6 +34,7 @@ class Agreement:
         self._posted: tuple[dist.Work, Tensor] | None = None
         self._looked_at = -LOOK_EVERY_S
         self._stop_file = self._save_file = False
+        self._launcher = os.getppid()
 
     def post(self) -> None:
         """Tell the others what is asked of this rank."""
@@ -84,5 +87,7 @@ class Agreement:
             save = self._save_file and not seen  # asked once, however long the file takes to go
         else:
             save = False
-        reason = self._stop.reason or (REASONS[-1] if self._stop_file else "")
+        reason = self._stop.reason or (FILE_REASON if self._stop_file else "")
+        if not reason and self._world.size > 1 and os.getppid() != self._launcher:
+            reason = ORPHANED  # nobody would restart these ranks, end them, or know of them
         return torch.tensor([REASONS.index(reason), int(save)])

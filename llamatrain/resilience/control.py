@@ -9,7 +9,7 @@ import signal
 import time
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 SAME_PRESS_S = 1.0  # torchrun hands a Ctrl-C on to workers that had it from the terminal already
 
 
@@ -22,9 +22,10 @@ class StopRequest:
         self._asked_at = 0.0
 
     def install(self) -> None:
-        """Take over SIGTERM, SIGUSR1 and SIGINT; a second Ctrl-C interrupts at once."""
+        """Take over SIGTERM, SIGUSR1, SIGHUP (unless under nohup) and SIGINT; a second Ctrl-C interrupts at once."""
         for number in STOP_SIGNALS:
-            signal.signal(number, self._handle)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         again = self.reason is not None and time.monotonic() - self._asked_at > SAME_PRESS_S

@@ -85,8 +85,10 @@ def test_any_number_of_ranks_reads_what_any_number_wrote(writers: int, tmp_path:
     for readers in (1, 2, 4):
         assert on_ranks(readers, load_spread, paths[0]) == [[]] * readers
     manifest = store.open_checkpoint(paths[0])
-    assert {chunk[0] for chunk in manifest["tensors"]["model"]["few"]["chunks"]} == set(range(min(writers, 2)))
-    assert manifest["tensors"]["model"]["scale"]["chunks"] == [[0, [], []]]
+    model = manifest["tensors"]["model"]
+    assert {chunk[0] for chunk in store.chunks_of(model["few"])} == set(range(min(writers, 2)))
+    assert list(store.chunks_of(model["scale"])) == [[0, [], []]]
+    assert "rows" in model["rows"]  # what all ranks share row by row is told in a word
     states = {f"rank{rank:05d}.cpu": torch.zeros(3, dtype=torch.uint8) for rank in range(writers)}
     store.Reader(paths[0], manifest).fill("rng", states)
     assert [int(state[0]) for state in states.values()] == list(range(writers))
@@ -115,10 +117,10 @@ def test_copies_are_written_once(tmp_path: Path) -> None:
     assert results == [(checkpoint, [])] * 4
     manifest = store.open_checkpoint(checkpoint)
     model = manifest["tensors"]["model"]
-    assert model["copied"]["chunks"] == [[0, [0, 0], [4, 5]], [1, [4, 0], [3, 5]]]
-    assert model["late"]["chunks"] == [[0, [0, 0], [7, 3]], [2, [0, 3], [7, 2]]]
-    assert [chunk[0] for chunk in model["tiles"]["chunks"]] == [0, 1, 2, 3]
-    assert manifest["tensors"]["only"]["few"]["chunks"] == [[0, [0, 0], [1, 5]]]
+    assert list(store.chunks_of(model["copied"])) == [[0, [0, 0], [4, 5]], [1, [4, 0], [3, 5]]]
+    assert list(store.chunks_of(model["late"])) == [[0, [0, 0], [7, 3]], [2, [0, 3], [7, 2]]]
+    assert [chunk[0] for chunk in store.chunks_of(model["tiles"])] == [0, 1, 2, 3]
+    assert list(store.chunks_of(manifest["tensors"]["only"]["few"])) == [[0, [0, 0], [1, 5]]]
     assert sorted(path.name for path in checkpoint.glob("only.*")) == ["only.rank00000.safetensors"]
     found = {name: torch.zeros(7, 5) for name in model}
     store.Reader(checkpoint, manifest).fill("model", found)

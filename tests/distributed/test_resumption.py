@@ -1,5 +1,6 @@
 """Resumption on several processes: bitwise on as many as before, within the tolerances on more or fewer."""
 
+import os
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from llamatrain import trainer
 from llamatrain.config import RunConfig
 from llamatrain.data.loader import Batch
 from llamatrain.distributed import World
+from llamatrain.errors import ConfigError
 from llamatrain.model import init
 from llamatrain.resilience.control import StopRequest
 from llamatrain.trainer import Trainer, run_on
@@ -72,6 +75,36 @@ def test_from_four_to_two_to_one_to_four_processes(sources: dict[str, Path], tmp
     assert [record["step"] for record in one] == [record["step"] for record in other]
     for record, again in zip(one, other, strict=True):
         assert again == pytest.approx(record, rel=LOSS_TOLERANCE)
+
+
+def test_ranks_may_stand_in_different_directories(sources: dict[str, Path], tmp_path: Path) -> None:
+    """A relative run_dir is rank 0's, as its own working directory has it."""
+    for rank in range(2):
+        (tmp_path / f"home{rank}").mkdir()
+    for stop in (5, None):
+        on_ranks(2, train_at_home, tmp_path, config_for(Path("run"), sources, train={"stop_after_step": stop}))
+    assert status(tmp_path / "home0" / "run")["state"] == "done"
+    assert not (tmp_path / "home1" / "run").exists()
+
+
+def train_at_home(world: World, homes: Path, config: RunConfig) -> None:
+    os.chdir(homes / f"home{world.rank}")
+    train(world, config)
+
+
+def test_ranks_that_would_compute_differently_are_named(sources: dict[str, Path], tmp_path: Path) -> None:
+    config = config_for(tmp_path, sources, train={"precision": "auto"})
+    with pytest.raises((ConfigError, SystemExit)):
+        on_ranks(2, train_with_bf16_on_rank_1, config)
+    found = status(tmp_path)
+    assert found["state"] == "bad_input"
+    assert "has another device: train.precision is bf16 there, fp32 on rank 0" in found["reason"]
+
+
+def train_with_bf16_on_rank_1(world: World, config: RunConfig) -> None:
+    if world.rank == 1:
+        trainer.choose_precision = lambda *_: "bf16"  # type: ignore[attr-defined]
+    train(world, config)
 
 
 def test_validation_on_several_processes_counts_every_target_once(sources: dict[str, Path], tmp_path: Path) -> None:

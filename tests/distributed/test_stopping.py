@@ -2,13 +2,16 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
-from llamatrain.checkpoint import store
+from llamatrain.checkpoint import commit, store
 from llamatrain.config import RunConfig
 from llamatrain.distributed import World
 from llamatrain.errors import UnhealthyRun
@@ -148,6 +151,30 @@ def test_a_save_file_saves_once_and_the_run_goes_on(
     assert_same_run(unbroken.run_dir, tmp_path, step=12)
 
 
+def test_a_save_file_at_the_last_steps_is_honoured_by_the_last_save(sources: dict[str, Path], tmp_path: Path) -> None:
+    on_ranks(RANKS, train, config_for(tmp_path, sources), ask_at, "save", 12)
+    assert saved_steps(tmp_path) == [8, 12]
+    assert not (tmp_path / "control" / "save").exists()
+
+
+def test_slow_pruning_does_not_end_the_run(sources: dict[str, Path], tmp_path: Path) -> None:
+    on_ranks(RANKS, train_with_slow_pruning, config_for(tmp_path, sources))
+    assert status(tmp_path)["state"] == "done"
+
+
+def train_with_slow_pruning(world: World, config: RunConfig) -> None:
+    """Deleting takes longer than a collective of a step may."""
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), dist.group.WORLD)
+    prune = commit.prune
+
+    def slowly(root: Path, **kwargs: Any) -> Any:
+        time.sleep(2)
+        return prune(root, **kwargs)
+
+    commit.prune = slowly
+    train(world, config)
+
+
 def test_a_stop_breaks_validation_off_on_all_ranks(
     unbroken: RunConfig, sources: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -188,7 +215,7 @@ def test_starts_that_come_to_nothing_end_as_unhealthy_until_somebody_starts_anew
 ) -> None:
     directory = RunDirectory(tmp_path)
     for _ in range(3):
-        directory.record("start", step=0)
+        directory.record("launch")
     directory.close()
     config = config_for(tmp_path, sources, train={"max_starts_without_progress": 3, "micro_batch": 2})
     with pytest.raises((UnhealthyRun, SystemExit)):

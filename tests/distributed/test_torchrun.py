@@ -116,7 +116,7 @@ def test_killed_ranks_come_back_and_the_weights_are_those_of_the_undisturbed_run
     assert exit_status == 0, err
     assert status(tmp_path)["state"] == "done"
     assert_same_run(undisturbed[0], tmp_path, step=60)
-    starts = [line for line in (tmp_path / "journal.jsonl").read_text().splitlines() if '"event": "start"' in line]
+    starts = [line for line in (tmp_path / "journal.jsonl").read_text().splitlines() if '"event": "launch"' in line]
     assert len(starts) == 4
     assert len({json.loads(line)["attempt"] for line in starts}) == 1
 
@@ -148,6 +148,21 @@ def test_a_signal_to_torchrun_saves_and_the_same_command_goes_on(
     exit_status, _, err = finish(start([*SHAPE, data, f"run_dir={tmp_path}"]))
     assert exit_status == 0, err
     assert_same_run(undisturbed[0], tmp_path, step=60)
+
+
+def test_ranks_whose_torchrun_is_killed_save_and_leave(data: str, tmp_path: Path) -> None:
+    process = start([*SHAPE, data, f"run_dir={tmp_path}"])
+    wait_for(lambda: step_reached(tmp_path) >= 7, process)
+    left = list(workers(process).values())
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + PATIENCE_S
+    while any(Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() for pid in left):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    found = status(tmp_path)
+    assert (found["state"], found["reason"]) == ("preempted", "the launcher is gone")
+    assert saved_steps(tmp_path)[-1] == found["step"] < 60
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -193,7 +208,7 @@ def test_ranks_with_different_configurations_are_named(data: str, tmp_path: Path
 def test_a_sweep_under_torchrun_is_refused(data: str, tmp_path: Path) -> None:
     exit_status, _, err = finish(start([*SHAPE, data, f"run_dir={tmp_path}", "-m", "optim.lr=1e-4,2e-4"]))
     assert exit_status == 1
-    assert err.count("error: -m under torchrun: every job of a sweep needs processes of its own") == 1
+    assert err.count("error: --multirun under torchrun: every job of a sweep needs processes of its own") == 1
 
 
 def test_a_rank_that_does_not_come_is_named(data: str, tmp_path: Path) -> None:
@@ -207,7 +222,8 @@ def test_a_rank_that_does_not_come_is_named(data: str, tmp_path: Path) -> None:
 
 
 def test_a_dry_run_says_what_it_takes_and_leaves_nothing(data: str, tmp_path: Path) -> None:
-    exit_status, out, err = finish(start([*SHAPE, data, f"run_dir={tmp_path}/run", "train.dry_run=true"]))
+    exit_status, out, err = finish(start([*SHAPE, data, f"run_dir={tmp_path}/deep/run/", "train.dry_run=true"]))
     assert exit_status == 0, err
     assert "peak memory" in out and "what came back is what was saved" in out
+    assert "loss 6.2" in out  # that of a model that knows nothing: ln 512
     assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,5 @@
 """One run on one, two and four processes: the same samples, initial weights, losses, norms and gradients."""
 
-from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -72,16 +71,6 @@ def test_bf16_stays_within_its_tolerance(ranks: int, sources: dict[str, Path], t
     plain = course_of(World(), config_for(tmp_path / "1", sources, micro_batch=GLOBAL_BATCH, train=bf16))
     spread = on_ranks(ranks, course_of, config_for(tmp_path / "n", sources, train=bf16), STEPS)[0]
     check_same_course(plain, spread, tolerance=BF16_TOLERANCE)
-
-
-def course_on_two_nodes(world: World, config: RunConfig) -> Course:
-    world.process = replace(world.process, local_rank=world.rank % 2, local_world_size=2)
-    return course_of(world, config, STEPS)
-
-
-def test_weights_kept_within_the_node_change_nothing(alone: Course, sources: dict[str, Path], tmp_path: Path) -> None:
-    config = config_for(tmp_path, sources, parallel={"reshard_after_forward": "node"})
-    check_same_course(alone, on_ranks(4, course_on_two_nodes, config)[0])
 
 
 # Faults planted on purpose: each must be caught
@@ -165,7 +154,7 @@ def boxes_of_65b(world: World) -> dict[str, tuple[list[int], list[int]]]:
     text = (Path(__file__).parents[2] / "conf" / "model" / "65b.yaml").read_text()
     with torch.device("meta"):
         model = Llama(ModelConfig(**yaml.safe_load(text), attention="sdpa"))
-    fsdp.shard(model, fsdp.data_parallel_mesh(world, torch.device("cpu")), ParallelConfig(), ranks_per_node=1)
+    fsdp.shard(model, fsdp.data_parallel_mesh(world, torch.device("cpu")), ParallelConfig())
     parts = {name: local_part(parameter.detach()) for name, parameter in model.named_parameters()}
     return {name: (list(part.shape), offset) for name, (part, offset) in parts.items()}
 
