@@ -16,14 +16,14 @@ from llamatrain.model import attention as attention_module
 from llamatrain.model import llama
 from llamatrain.model.attention import attention, attention_backward, attention_forward
 from llamatrain.model.block_backward import attention_half, feed_forward_half, rotate
-from llamatrain.model.llama import KVCache, Llama
+from llamatrain.model.llama import Block, KVCache, Llama
 from llamatrain.model.loss import cross_entropy_sum
 from llamatrain.model.rope import apply_rope, rope_tables
 from tests.test_model import CASES, TINY, qkv, relative, some_tokens, tiny
 
 aten = torch.ops.aten
-TRAINING_CASES = [case for case, (_, options) in CASES.items() if case != "last query" and "offset" not in case]
-TRAINING_CASES.remove("one query inside")
+ALL_CASES: dict[str, Any] = CASES
+TRAINING_CASES = {name: case for name, case in ALL_CASES.items() if "query_offset" not in case[1]}
 
 
 def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -34,14 +34,16 @@ def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> T
 
 
 def by_autograd(inputs: Sequence[Tensor], grad: Tensor, **options: Any) -> list[Tensor]:
-    out = attention(*inputs, **options)
+    q, k, v = inputs
+    out = attention(q, k, v, **options)
     return [out, *torch.autograd.grad(out, inputs, grad)]
 
 
 @torch.no_grad()
 def by_hand(inputs: Sequence[Tensor], grad: Tensor, **options: Any) -> list[Tensor]:
-    out, saved = attention_forward(*inputs, **options)
-    return [out, *attention_backward(grad, *inputs, out, saved, **options)]
+    q, k, v = inputs
+    out, saved = attention_forward(q, k, v, **options)
+    return [out, *attention_backward(grad, q, k, v, out, saved, **options)]
 
 
 def assert_near(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> None:
@@ -55,7 +57,7 @@ def assert_near(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: 
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
 @pytest.mark.parametrize("case", TRAINING_CASES)
 def test_attention_forward_and_backward_are_those_of_autograd(case: str, backend: str, dtype: torch.dtype) -> None:
-    shape, options = CASES[case]
+    shape, options = TRAINING_CASES[case]
     inputs = [x.detach().to(dtype).requires_grad_() for x in qkv(**shape)]
     grad = numbers(*inputs[0].shape, seed=1, dtype=dtype)
     expected = by_autograd(inputs, grad, backend=backend, **options)
@@ -157,11 +159,13 @@ STAND_INS = {
 }
 
 
-@pytest.mark.parametrize(("kernel", "case"), [(k, c) for k in STAND_INS for c in TRAINING_CASES])
+# torch never chooses flash attention for a mask
+STAND_IN_CASES = [(k, c) for k in STAND_INS for c in TRAINING_CASES if not (k == "flash" and TRAINING_CASES[c][1])]
+
+
+@pytest.mark.parametrize(("kernel", "case"), STAND_IN_CASES)
 def test_cuda_kernels_are_called_as_their_schemas_say(kernel: str, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    shape, options = CASES[case]
-    if kernel == "flash" and options:
-        pytest.skip("torch never chooses flash attention for a mask")
+    shape, options = TRAINING_CASES[case]
     stand_in = STAND_INS[kernel]
     operators = {stand_in.name: stand_in.forward, f"{stand_in.name}_backward": stand_in.backward}
     inputs = qkv(**shape)
@@ -181,9 +185,9 @@ def test_cuda_kernels_take_the_call_on_tensors_without_memory(
     number = choice.get(kernel, SDPBackend.EFFICIENT_ATTENTION).value
     monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *inputs, **options: number)
     q, k, v = (torch.empty(2, 24, heads, 16, dtype=torch.bfloat16, device="meta") for heads in (4, kv_heads, kv_heads))
-    for options in ({},) if kernel == "flash" else ({}, {"doc_lengths": [5, 19, 24]}):
-        out, saved = attention_forward(q, k, v, backend="sdpa", **options)
-        grads = attention_backward(torch.empty_like(out), q, k, v, out, saved, backend="sdpa", **options)
+    for doc_lengths in (None,) if kernel == "flash" else (None, [5, 19, 24]):
+        out, saved = attention_forward(q, k, v, backend="sdpa", doc_lengths=doc_lengths)
+        grads = attention_backward(torch.empty_like(out), q, k, v, out, saved, backend="sdpa", doc_lengths=doc_lengths)
         assert saved.kernel == kernel and saved.lse.dtype == torch.float32
         assert out.shape == q.shape and out.is_contiguous()  # so that wo's input is a view
         assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
@@ -245,7 +249,7 @@ def test_xformers_pair_is_called_with_what_makes_the_reference(
         )
         return tuple(grad.transpose(1, 2).contiguous() for grad in grads)
 
-    shape, options = CASES[case]
+    shape, options = TRAINING_CASES[case]
     inputs = qkv(**shape)
     grad = numbers(*inputs[0].shape, seed=1)
     expected = by_autograd(inputs, grad, backend="reference", **options)
@@ -285,7 +289,9 @@ def test_gradients_of_the_attention_half_are_its_differences(
     cos, sin = rope_tables(HEAD_DIM, max_seq_len=LENGTH, theta=10.0)
 
     def half(*tensors: Tensor) -> Tensor:
-        return attention_half(*tensors, cos, sin, eps=1e-2, head_dim=HEAD_DIM, backend=backend, doc_lengths=doc_lengths)
+        x, norm, wq, wk, wv, wo = tensors
+        settings: dict[str, Any] = {"eps": 1e-2, "head_dim": HEAD_DIM, "backend": backend}
+        return attention_half(x, norm, wq, wk, wv, wo, cos, sin, doc_lengths=doc_lengths, **settings)
 
     assert half(*inputs).dtype == torch.float64
     assert torch.autograd.gradcheck(half, inputs)
@@ -317,11 +323,12 @@ def test_rotation_is_that_of_rope_and_its_inverse() -> None:
 
 def with_own_backward(model: Llama, chosen: bool = True) -> Llama:
     for block in model.layers.values():
+        assert isinstance(block, Block)
         block.own_backward = chosen
     return model
 
 
-def logits_and_gradients(model: Llama, doc_lengths: list[int] | None = None) -> tuple[Tensor, dict[str, Tensor | None]]:
+def logits_and_gradients(model: Llama, doc_lengths: list[int] | None = None) -> tuple[Tensor, dict[str, Any]]:
     logits = model(some_tokens(3, 40), doc_lengths=doc_lengths)
     cross_entropy_sum(logits, some_tokens(3, 40, seed=1)).backward()
     return logits, {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -356,8 +363,9 @@ def test_in_bf16_own_backward_is_no_noisier_than_autograd(
     assert torch.equal(logits, plain_logits)
     for name, gradient in exact.items():
         assert own[name].dtype == torch.float32
-        assert relative(own[name] - gradient, gradient) <= 1.1 * relative(plain[name] - gradient, gradient), name
-        assert relative(own[name] - plain[name], gradient) <= 1e-2, name
+        noise = relative(plain[name] - gradient, gradient)  # of autograd in bf16: up to 0.035
+        assert relative(own[name] - gradient, gradient) <= 1.2 * noise, name
+        assert relative(own[name] - plain[name], gradient) <= 0.6 * noise, name
 
 
 def test_only_gradients_that_are_needed_are_computed() -> None:
@@ -441,5 +449,5 @@ def test_a_layer_keeps_what_the_formula_says(kv_heads: int, record_property: Cal
     shared = heads // kv_heads
     expected = (8 + 4 / shared) * width + 4 * ffn_width + 4 * heads + 8
     record_property("bytes per token and layer: autograd, own backward, formula", [*per_token.values(), expected])
-    assert per_token[True] == pytest.approx(expected, rel=0.05)
+    assert per_token[True] == pytest.approx(expected, rel=0.01)
     assert per_token[True] < 0.6 * per_token[False]

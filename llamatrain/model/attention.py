@@ -251,8 +251,11 @@ def _sdpa_inputs(
 
 
 def _sdpa_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str:
-    """The kernel that scaled_dot_product_attention would run; formula for those that have no backward of their own."""
-    choice = torch._fused_sdp_choice(q, k, v, mask, 0.0, mask is None, enable_gqa=k.shape[1] != q.shape[1])
+    """The kernel that scaled_dot_product_attention would train with; formula where it has none to call by name."""
+    grouped = k.shape[1] != q.shape[1]
+    with torch.enable_grad():  # some kernels have a forward only
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        choice = torch._fused_sdp_choice(q, k, v, mask, 0.0, mask is None, enable_gqa=grouped)
     if q.device.type == "cpu":
         return "flash_cpu" if choice == SDPBackend.FLASH_ATTENTION.value else "formula"
     if q.shape[-1] % 8:  # torch pads heads for flash attention; such narrow models are not worth it

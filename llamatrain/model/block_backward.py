@@ -78,7 +78,9 @@ class _AttentionHalf(torch.autograd.Function):
         rstd = rms_norm_rstd(x, eps)  # [B, T, 1]
         normed = rms_norm(x, rstd, norm_weight).flatten(0, 1)  # [B*T, D]
         heads = (*x.shape[:2], -1, head_dim)
-        q, k, v = (torch.mm(normed, w.t()).view(heads) for w in (wq, wk, wv))  # [B, T, H, K], [B, T, Hkv, K] twice
+        q = torch.mm(normed, wq.t()).view(heads)  # [B, T, H, K]
+        k = torch.mm(normed, wk.t()).view(heads)  # [B, T, Hkv, K]
+        v = torch.mm(normed, wv.t()).view(heads)
         del normed
         out, saved = attention_forward(
             rotate(q, cos, sin), rotate(k, cos, sin), v, backend=backend, doc_lengths=doc_lengths
