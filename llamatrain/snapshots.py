@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from llamatrain.checkpoint import commit, store
 from llamatrain.config import RunConfig
 from llamatrain.config.build import build
+from llamatrain.config.parallel import layout
 from llamatrain.config.resume import differences
 from llamatrain.data.order import DataState
 from llamatrain.data.sources import Source
@@ -45,7 +46,7 @@ class Snapshots:
         settings = self.config.checkpoint
         content = {
             "tokens": step * self.config.global_batch * self.config.data.seq_len,
-            "mesh": {"world_size": self.world.size, "dp_shard": self.world.size},
+            "mesh": {"world_size": self.world.size, **layout(self.config.parallel, self.world.size).sizes()},
             "model": asdict(self.config.model),
             "config": self.config.as_dict(),
             "environment": self.environment,

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from llamatrain.checkpoint import commit
 from llamatrain.config import RunConfig
 from llamatrain.config.build import build
+from llamatrain.config.parallel import layout
 from llamatrain.config.resume import differences, flatten, keep_auto_choices
 from llamatrain.data.loader import Batch, Loader
 from llamatrain.data.order import DataState, SampleOrder, describe_rounding, round_weights
@@ -54,6 +55,7 @@ from llamatrain.observe.throughput import Throughput
 from llamatrain.optim.adamw import build_adamw, set_learning_rate
 from llamatrain.optim.schedule import learning_rate
 from llamatrain.parallel import fsdp
+from llamatrain.parallel.mesh import build_mesh
 from llamatrain.process import attempt_id, this_process, write_error_file
 from llamatrain.resilience.agreement import SAVE_FILE, STOP_FILE, Agreement
 from llamatrain.resilience.control import StopRequest
@@ -289,7 +291,7 @@ class Trainer:
         with torch.device("meta"):
             model = Llama(config.model, compute_dtype=PRECISIONS[config.train.precision])
         if world.size > 1:
-            fsdp.shard(model, fsdp.data_parallel_mesh(world, self.device), config.parallel)
+            fsdp.shard(model, build_mesh(layout(config.parallel, world.size), self.device), config.parallel)
         model.to_empty(device=self.device)
         model.rebuild_rope_tables()
         return model
@@ -376,7 +378,9 @@ class Trainer:
         """
         loss = torch.zeros((), device=self.device)
         valid_targets = self._valid_targets(batch)
-        for inputs, targets, document_lengths in batch.micro_batches():
+        micro_batches = list(batch.micro_batches())
+        for number, (inputs, targets, document_lengths) in enumerate(micro_batches, start=1):
+            fsdp.begin_micro_batch(self.model, self.config.parallel, last=number == len(micro_batches))
             logits = self.model(inputs, doc_lengths=document_lengths)
             micro_loss = cross_entropy_sum(logits, targets) / valid_targets
             micro_loss.backward()

@@ -1,13 +1,15 @@
 """The schema: what is refused, by which name, with which way out; what a resumed run may change."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llamatrain.config import DataConfig, RunConfig, SourceConfig, TrainConfig, validate
+from llamatrain.config import DataConfig, ParallelConfig, RunConfig, SourceConfig, TrainConfig, validate
 from llamatrain.config.build import build, known_keys
+from llamatrain.config.parallel import check_parallel, layout
 from llamatrain.config.resume import differences, keep_auto_choices
 from llamatrain.errors import ConfigError
 
@@ -127,3 +129,54 @@ def test_a_resumed_run_may_change_what_is_not_structural(tmp_path: Path) -> None
 def test_a_resumed_run_may_not_change_what_is_structural(groups: dict[str, dict[str, Any]]) -> None:
     with pytest.raises(ConfigError, match="holds a run with other settings"):
         differences(valid(**groups), valid())
+
+
+@pytest.mark.parametrize(
+    ("settings", "world_size", "sizes"),
+    [
+        ({}, 1, (1, 1)),
+        ({}, 8, (1, 8)),
+        ({"dp_replicate": 2}, 8, (2, 4)),
+        ({"dp_replicate": 4, "dp_shard": 2}, 8, (4, 2)),
+    ],
+)
+def test_what_is_not_said_of_the_mesh_is_sharded(
+    settings: dict[str, int], world_size: int, sizes: tuple[int, int]
+) -> None:
+    found = layout(ParallelConfig(**settings), world_size)
+    assert (found.dp_replicate, found.dp_shard) == sizes
+    assert found.ranks == world_size
+
+
+@pytest.mark.parametrize(
+    ("settings", "world_size", "message"),
+    [
+        ({"dp_replicate": 3}, 8, "parallel.dp_replicate=3 makes 3 ranks, there are 8: the nearest that works is "
+         "parallel.dp_replicate=2 parallel.dp_shard=4"),
+        ({"dp_shard": 4}, 6, "parallel.dp_shard=4 makes 4 ranks, there are 6: the nearest that works is "
+         "parallel.dp_replicate=2 parallel.dp_shard=3"),
+        ({"dp_replicate": 2, "dp_shard": 8}, 8, "parallel.dp_replicate=2 x parallel.dp_shard=8 makes 16 ranks, there "
+         "are 8: the nearest that works is parallel.dp_replicate=1 parallel.dp_shard=8"),
+    ],
+)  # fmt: skip
+def test_a_mesh_that_does_not_fit_names_the_nearest_that_does(
+    settings: dict[str, int], world_size: int, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        layout(ParallelConfig(**settings), world_size)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"reshard_after_forward": "node"}, "choose one of always, never"),
+        ({"reduce_dtype": "fp16"}, "choose one of fp32, bf16"),
+        ({"dp_replicate": 0}, "must be at least 1"),
+        ({"forward_prefetch": -1}, "must not be negative"),
+        ({"reduce_scatter": "last", "all_reduce": "each"}, "set parallel.all_reduce=last"),
+        ({"timeout_s": 0}, "must be at least 1"),
+    ],
+)
+def test_settings_of_the_mesh_are_checked(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_parallel(ParallelConfig(**settings))

@@ -9,7 +9,7 @@ from llamatrain.config.evaluation import EvaluationConfig, check_evaluation
 from llamatrain.config.logging import LoggingConfig, check_logging
 from llamatrain.config.model import ModelConfig, check_model
 from llamatrain.config.optim import OptimConfig, check_optim
-from llamatrain.config.parallel import ParallelConfig, check_parallel
+from llamatrain.config.parallel import ParallelConfig, check_parallel, layout
 from llamatrain.config.train import TrainConfig, check_train
 from llamatrain.errors import ConfigError
 
@@ -53,7 +53,7 @@ def nearest_multiple(value: int, unit: int) -> int:
 
 
 def validate(config: RunConfig, *, world_size: int = 1) -> None:
-    """Check every group, then what concerns several of them, for a run on `world_size` devices. Raises ConfigError."""
+    """Check every group, then what concerns several, for a run on `world_size` processes. Raises ConfigError."""
     for name in ("name", "run_dir"):
         if not getattr(config, name):
             raise ConfigError(f"{name} is empty: {name}=…")
@@ -71,11 +71,12 @@ def validate(config: RunConfig, *, world_size: int = 1) -> None:
             f"data.seq_len={seq_len} is longer than model.max_seq_len={config.model.max_seq_len}: "
             f"lower it, or set model.max_seq_len={seq_len}"
         )
-    per_forward = seq_len * config.train.micro_batch * world_size
+    devices = layout(config.parallel, world_size).data_parallel
+    per_forward = seq_len * config.train.micro_batch * devices
     if batch_tokens % per_forward:
         raise ConfigError(
             f"train.global_batch_tokens={batch_tokens} does not divide into data.seq_len={seq_len} tokens x "
-            f"train.micro_batch={config.train.micro_batch} sequences x {world_size} devices = {per_forward} tokens; "
+            f"train.micro_batch={config.train.micro_batch} sequences x {devices} devices = {per_forward} tokens; "
             f"the nearest that does is train.global_batch_tokens={nearest_multiple(batch_tokens, per_forward)}"
         )
     if config.optim.warmup_steps > config.schedule_steps:

@@ -1,49 +1,72 @@
 """Fully sharded data parallel (FSDP2): every rank holds its part of each weight, gathered layer by layer.
 
 Units are gathered and freed as wholes: the embedding, each block, the last norm with the head, the root. Weights
-are gathered in the compute dtype and gradients reduced in fp32. The embedding is gathered in fp32: its gradient
-adds up many tokens' rows within one rank, which bf16 would round after every addition.
+are gathered in the compute dtype and gradients reduced in fp32 unless asked otherwise. The embedding is gathered in
+fp32: its gradient adds up many tokens' rows within one rank, which bf16 would round after every addition.
+
+With `dp_replicate` (HSDP, "hybrid sharding") the weights exist that many times: gathers and reduce-scatters stay
+within the ranks of one copy, a node say, and one all-reduce a step adds the copies' gradients up.
 
 Gradients are summed over ranks, not averaged: the loss is already divided by the targets of the global batch.
 """
 
+from collections.abc import Iterator
+
 import torch
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from llamatrain.config.parallel import ParallelConfig
-from llamatrain.distributed import World
 from llamatrain.model.llama import Llama
 
-
-def data_parallel_mesh(world: World, device: torch.device) -> DeviceMesh:
-    """All ranks along `dp_shard`."""
-    return init_device_mesh(device.type, (world.size,), mesh_dim_names=("dp_shard",))
+REDUCE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def shard(model: Llama, mesh: DeviceMesh, settings: ParallelConfig) -> None:
     """Turn the parameters of a model on the meta device into DTensors over the mesh, gathered where needed."""
-    full = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    reduce_dtype = REDUCE_DTYPES[settings.reduce_dtype]
+    full = MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     compute = MixedPrecisionPolicy(
-        param_dtype=model.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        param_dtype=model.compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
     )
     reshard = settings.reshard_after_forward == "always"
+    blocks = list(model.layers.values())
     if model.output is not None:
         fully_shard(model.tok_embeddings, mesh=mesh, mp_policy=full, reshard_after_forward=reshard)
         # backward needs the head at once, so it stays gathered
         fully_shard([model.norm, model.output], mesh=mesh, mp_policy=compute, reshard_after_forward=False)
-    for block in model.layers.values():
+    for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=compute, reshard_after_forward=reshard)
     # What is left: nothing, or a tied embedding, used at both ends of the forward, with the last norm.
     fully_shard(model, mesh=mesh, mp_policy=full, reshard_after_forward=False)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # or NCCL is asked to multiply by 1 on the way
+    for unit in units(model):
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)  # or NCCL is asked to multiply by 1 on the way
+    layers = [block for block in blocks if isinstance(block, FSDPModule)]  # all: sharding made them so
+    for place, layer in enumerate(layers):
+        if settings.forward_prefetch:
+            layer.set_modules_to_forward_prefetch(layers[place + 1 : place + 1 + settings.forward_prefetch])
+        if settings.backward_prefetch:
+            layer.set_modules_to_backward_prefetch(layers[max(0, place - settings.backward_prefetch) : place][::-1])
+
+
+def units(model: Llama) -> Iterator[FSDPModule]:
+    """The modules that are gathered as wholes; none if the model is not sharded."""
+    return (module for module in model.modules() if isinstance(module, FSDPModule))
+
+
+def begin_micro_batch(model: Llama, settings: ParallelConfig, *, last: bool) -> None:
+    """Say whether this micro-batch's gradients leave for the other ranks, or wait for the last one's.
+
+    Nothing partial is left after the last: what was kept back leaves with it.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_is_last_backward(last)
+        model.set_requires_gradient_sync(last or settings.reduce_scatter == "each")
+        model.set_requires_all_reduce(last or settings.all_reduce == "each")
 
 
 def free_gathered(model: Llama) -> None:
     """Free what a forward without a backward has left gathered."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    for unit in units(model):
+        unit.reshard()

@@ -2,17 +2,20 @@
 
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 
 from llamatrain.config import ModelConfig, ParallelConfig, RunConfig
+from llamatrain.config.parallel import Layout
 from llamatrain.data.loader import Batch
 from llamatrain.distributed import World, local_part
 from llamatrain.model.init import init_weights
 from llamatrain.model.llama import Llama
 from llamatrain.parallel import fsdp
+from llamatrain.parallel.mesh import build_mesh
 from llamatrain.trainer import Trainer
 from tests.courses import BF16_TOLERANCE, Course, Spoil, check_same_course, course_of
 from tests.ranks import on_ranks
@@ -40,13 +43,23 @@ def alone(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     return course_of(World(), config_for(tmp_path_factory.mktemp("alone"), sources, micro_batch=GLOBAL_BATCH))
 
 
-@pytest.mark.parametrize(
-    ("ranks", "micro_batch", "reshard"), [(2, 2, "always"), (2, 4, "never"), (4, 1, "always"), (4, 2, "never")]
-)
-def test_the_number_of_processes_changes_nothing(
-    ranks: int, micro_batch: int, reshard: str, alone: Course, sources: dict[str, Path], tmp_path: Path
+LAYOUTS: list[tuple[int, int, dict[str, Any]]] = [
+    (2, 2, {"reshard_after_forward": "always"}),
+    (2, 4, {"reshard_after_forward": "never"}),
+    (2, 1, {"reduce_scatter": "last", "forward_prefetch": 1}),
+    (2, 1, {"dp_replicate": 2, "all_reduce": "each"}),
+    (4, 1, {"reshard_after_forward": "always"}),
+    (4, 2, {"reshard_after_forward": "never"}),
+    (4, 1, {"dp_replicate": 2, "backward_prefetch": 2}),
+    (4, 1, {"dp_replicate": 2, "reduce_scatter": "last"}),
+]
+
+
+@pytest.mark.parametrize(("ranks", "micro_batch", "parallel"), LAYOUTS)
+def test_neither_the_number_of_processes_nor_their_layout_changes_anything(
+    ranks: int, micro_batch: int, parallel: dict[str, Any], alone: Course, sources: dict[str, Path], tmp_path: Path
 ) -> None:
-    config = config_for(tmp_path, sources, micro_batch=micro_batch, parallel={"reshard_after_forward": reshard})
+    config = config_for(tmp_path, sources, micro_batch=micro_batch, parallel=parallel)
     courses = on_ranks(ranks, course_of, config, STEPS)
     for course in courses:  # every rank has the whole truth
         assert course.losses == courses[0].losses
@@ -154,7 +167,7 @@ def boxes_of_65b(world: World) -> dict[str, tuple[list[int], list[int]]]:
     text = (Path(__file__).parents[2] / "conf" / "model" / "65b.yaml").read_text()
     with torch.device("meta"):
         model = Llama(ModelConfig(**yaml.safe_load(text), attention="sdpa"))
-    fsdp.shard(model, fsdp.data_parallel_mesh(world, torch.device("cpu")), ParallelConfig())
+    fsdp.shard(model, build_mesh(Layout(1, world.size), torch.device("cpu")), ParallelConfig())
     parts = {name: local_part(parameter.detach()) for name, parameter in model.named_parameters()}
     return {name: (list(part.shape), offset) for name, (part, offset) in parts.items()}
 
