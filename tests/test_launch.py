@@ -71,6 +71,12 @@ esac
 """
 
 
+def heed_signals() -> None:
+    """However pytest was started: a shell cannot trap what was ignored when it began (nohup, a job in background)."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @dataclass
 class Launch:
     """One start of a script, and what it is to meet."""
@@ -147,7 +153,7 @@ class Launch:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,  # however pytest was started
+            preexec_fn=heed_signals,
         )
 
     def run(self) -> tuple[int, str]:
