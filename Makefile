@@ -16,7 +16,7 @@ TESTABLE := $(VENV)/.installed-test
 DEVELOPABLE := $(VENV)/.installed-dev
 endif
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all verify lint bench clean
 
 demo: $(INSTALLED)
 	$(RUN) -m launch.demo
@@ -26,6 +26,9 @@ test: $(TESTABLE)
 
 test-all: $(TESTABLE)
 	$(RUN) -m pytest -m "not benchmark" tests
+
+verify: $(INSTALLED)
+	$(RUN) -m llamatrain.verify
 
 lint: $(DEVELOPABLE)
 	$(RUN) -m ruff check .

@@ -17,7 +17,7 @@ from llamatrain.model.llama import Llama
 from llamatrain.parallel import fsdp
 from llamatrain.parallel.mesh import build_mesh
 from llamatrain.trainer import Trainer
-from tests.courses import BF16_TOLERANCE, Course, Spoil, check_same_course, course_of
+from tests.courses import BF16_TOLERANCE, Before, Course, check_same_course, course_of
 from tests.ranks import on_ranks
 from tests.small_run import GLOBAL_BATCH, small_config
 
@@ -118,7 +118,7 @@ def an_update_missed_on_rank_1(trainer: Trainer, batch: Batch) -> None:
         trainer.optimizer.step = lambda: None  # type: ignore[method-assign, assignment]
 
 
-FAULTS: list[Spoil] = [
+FAULTS: list[Before] = [
     averaged_gradients,
     targets_counted_on_one_rank,
     another_batch_on_rank_1,
@@ -128,7 +128,7 @@ FAULTS: list[Spoil] = [
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
-def test_a_planted_fault_is_caught(fault: Spoil, alone: Course, sources: dict[str, Path], tmp_path: Path) -> None:
+def test_a_planted_fault_is_caught(fault: Before, alone: Course, sources: dict[str, Path], tmp_path: Path) -> None:
     spoiled = on_ranks(2, course_of, config_for(tmp_path, sources, micro_batch=2), STEPS, fault)[0]
     with pytest.raises(AssertionError):
         check_same_course(alone, spoiled)

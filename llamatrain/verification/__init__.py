@@ -1,0 +1,1 @@
+"""Does every way of spreading a run give the same run?"""
