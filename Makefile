@@ -37,6 +37,7 @@ lint: $(DEVELOPABLE)
 
 bench: $(INSTALLED)
 	$(RUN) -m tests.benchmarks.bench_loader
+	$(RUN) -m tests.benchmarks.bench_recompute
 
 clean:
 	rm -rf $(filter-out none,$(VENV)) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs/demo runs/demo-data

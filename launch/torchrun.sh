@@ -41,12 +41,16 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / process
 LLAMATRAIN_ATTEMPT="launch-$(hostname)-$$-$(date +%s)"
 export LLAMATRAIN_ATTEMPT
 
-rm -f "$RUN_DIR/control/stop" "$RUN_DIR/control/save" # left by a launch that died before it saw them
+# What torchrun's processes fail with is put here; its own summary drowns it.
+export TORCHELASTIC_ERROR_FILE=$(mktemp)
+trap 'rm -f "$TORCHELASTIC_ERROR_FILE"' EXIT
 
 torchrun=
 ask_to_stop() {
     signalled=1
-    mkdir -p "$RUN_DIR/control" && touch "$RUN_DIR/control/stop"
+    # named after this launch: if another one works in the folder, it is not to stop; and whole at once
+    mkdir -p "$RUN_DIR/control" && printf '%s' "$LLAMATRAIN_ATTEMPT" > "$RUN_DIR/control/.stop.$$" &&
+        mv "$RUN_DIR/control/.stop.$$" "$RUN_DIR/control/stop"
     echo "torchrun.sh: asked the run to save and stop ($1)" >&2
 }
 interrupt() {
@@ -77,6 +81,8 @@ done
 trap '' TERM USR1 HUP INT
 
 "$PYTHON" - "$RUN_DIR" "$result" <<'PROGRAM'
+import json
+import os
 import sys
 
 from llamatrain.errors import UnhealthyRun

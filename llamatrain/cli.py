@@ -75,6 +75,11 @@ def run_command(schema: type[T], config_name: str, function: Callable[[T], None]
     directory = (config_directory() / config_name).parent
     groups = {path.name for path in directory.iterdir() if path.is_dir()}
     sys.argv[1:] = command_line(sys.argv[1:], groups=groups, texts=text_keys(schema))
+    printing, resolved = "--cfg" in sys.argv or "-c" in sys.argv, "--resolve" in sys.argv
+    if printing and "job" in sys.argv:  # Hydra would print what the schema refuses
+        sys.argv[1:] = [argument for argument in sys.argv[1:] if argument not in ("--cfg", "-c", "job", "--resolve")]
+    else:
+        printing = False
     swept = {argument.partition("=")[0].lstrip("+") for argument in sys.argv[1:] if is_sweep(argument)}
 
     def job(composed: DictConfig) -> None:
@@ -83,7 +88,11 @@ def run_command(schema: type[T], config_name: str, function: Callable[[T], None]
                 raise ConfigError(
                     "--multirun under torchrun: every job of a sweep needs processes of its own; sweep without torchrun"
                 )
-            function(build(schema, plain_values(composed, swept)))
+            config = build(schema, plain_values(composed, swept))
+            if printing:
+                print(OmegaConf.to_yaml(composed, resolve=resolved), end="")
+                return
+            function(config)
         except LlamatrainError as error:
             _fail(str(error), error.exit_code)
         except InterpolationKeyError as error:

@@ -35,7 +35,12 @@ from llamatrain.process import Process
 
 T = TypeVar("T")
 
-PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # gloo's words for it
+PEER_LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Read error",
+)  # gloo's words for it
 LAST_WORDS_S = 10
 POLL_S = 0.02  # between two looks at the store while the ranks meet
 
@@ -182,16 +187,17 @@ class Failure:
     message: str
     exit_code: int
     trace: str
+    another_is_gone: bool = False  # this rank only noticed
 
     @classmethod
     def of(cls, error: BaseException, *, rank: int) -> "Failure":
-        meant_for_users = isinstance(error, LlamatrainError)
-        message = str(error) if meant_for_users else f"{type(error).__name__}: {error}"
-        if any(words in message for words in PEER_LOST):
-            message = f"another rank is gone without a word; what this one noticed: {message}"
-        trace = "".join(traceback.format_exception(error))
         exit_code = error.exit_code if isinstance(error, LlamatrainError) else 1
-        return cls(rank, socket.gethostname(), message, exit_code, trace)
+        message = str(error) if isinstance(error, LlamatrainError) else f"{type(error).__name__}: {error}"
+        another_is_gone = any(words in message for words in PEER_LOST)
+        if another_is_gone:
+            message = f"another rank is gone without a word; what rank {rank} noticed: {message.partition('. ')[0]}"
+        trace = "".join(traceback.format_exception(error))
+        return cls(rank, socket.gethostname(), message, exit_code, trace, another_is_gone)
 
 
 def meet(process: Process, *, timeout: timedelta) -> dist.Store:

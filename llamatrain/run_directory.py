@@ -54,6 +54,9 @@ class RunDirectory:
         self._step = earlier["step"] if earlier else 0
         if leads:
             self._journal = self._open_journal()
+            for request in (self.path / "control").iterdir():
+                if _asked_by(request) not in ("", self.attempt):
+                    request.unlink(missing_ok=True)  # of a launch that is over: the lock was free
 
     def _take_lock(self) -> TextIO:
         try:
@@ -160,12 +163,23 @@ class RunDirectory:
             self._write_status(state, reason)
 
     def requests(self, name: str) -> bool:
-        """Whether somebody put control/<name> there; only rank 0 looks."""
-        return self.leads and (self.path / "control" / name).exists()
+        """Whether control/<name> is there for this run; only rank 0 looks.
+
+        An empty file is a person's. A launcher writes its attempt into it, so that one whose own run was refused,
+        because another works here, does not stop that one.
+        """
+        return self.leads and _asked_by(self.path / "control" / name) in ("", self.attempt)
 
     def clear_request(self, name: str) -> None:
         if self.leads:
             (self.path / "control" / name).unlink(missing_ok=True)
+
+
+def _asked_by(request: Path) -> str | None:
+    try:
+        return request.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return None
 
 
 def read_status(path: str | Path) -> dict[str, Any] | None:

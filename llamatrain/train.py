@@ -33,6 +33,8 @@ Exit status: 0 done, or stopped in order (status.json says which) - 2 bad config
 - 3 unhealthy: somebody has to look - 1 a crash. LLAMATRAIN_TRACEBACK=1 shows where an error came from.
 """
 
+import logging
+import os
 import sys
 
 from llamatrain.cli import run_command
@@ -65,7 +67,17 @@ def train(config: RunConfig) -> None:
 
 
 def main() -> None:
-    run_command(RunConfig, "config", train, help_text=__doc__)
+    try:
+        run_command(RunConfig, "config", train, help_text=__doc__)
+    except SystemExit as ended:
+        if ended.code and os.environ.get("WORLD_SIZE", "1") != "1":
+            # Process groups whose other ends may be gone are not tidied up: gloo's threads would abort the process
+            # and hide its status.
+            logging.shutdown()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(ended.code if isinstance(ended.code, int) else 1)
+        raise
 
 
 if __name__ == "__main__":

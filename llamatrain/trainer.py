@@ -1,6 +1,6 @@
 """Composes the parts of a training run, then one loop that reads like the recipe.
 
-Order of composition: ranks meet → settings settled with the run's start → data → model on meta → sharded →
+Order of composition: ranks meet → settings settled with the run's start → data → model on meta → recompute → sharded →
 materialised → optimizer → initialised or loaded → loop. What a step does stands in `train_step`; what happens
 around it in `fit`. Every rank runs the same lines; rank 0 alone writes, prints and decides.
 """
@@ -56,6 +56,7 @@ from llamatrain.optim.adamw import build_adamw, set_learning_rate
 from llamatrain.optim.schedule import learning_rate
 from llamatrain.parallel import fsdp
 from llamatrain.parallel.mesh import build_mesh
+from llamatrain.parallel.recompute import apply_recompute, resolve_recompute
 from llamatrain.process import attempt_id, this_process, write_error_file
 from llamatrain.resilience.agreement import SAVE_FILE, STOP_FILE, Agreement
 from llamatrain.resilience.control import StopRequest
@@ -153,13 +154,18 @@ def tell_failure(error: BaseException, directory: RunDirectory, world: World, ra
         rank_log.write(f"{reason}\nThat rank failed first. What this one saw:")
     rank_log.write("".join(traceback.format_exception(error)))
     if first or world.leads:
-        directory.note_failure(FAILED_STATES.get(failure.exit_code, RUNNING), reason)
+        state = FAILED_STATES.get(failure.exit_code, RUNNING)
+        directory.note_failure(state, reason)
+        directory.record("crash" if state == RUNNING else state, reason=reason)
     if world.size == 1:
         return
     if first:
-        meant_for_users = isinstance(error, LlamatrainError) and os.environ.get("LLAMATRAIN_TRACEBACK") != "1"
+        in_a_line = isinstance(error, LlamatrainError) or failure.another_is_gone
         rank_log.give_console_back()
-        print(f"error: {error}" if meant_for_users else failure.trace, file=sys.stderr, flush=True)
+        if in_a_line and os.environ.get("LLAMATRAIN_TRACEBACK") != "1":
+            print(f"error: {failure.message}", file=sys.stderr, flush=True)
+        else:
+            print(failure.trace, file=sys.stderr, flush=True)
         world.failure_is_told()
     sys.exit(failure.exit_code)
 
@@ -179,18 +185,26 @@ def settle(config: RunConfig, directory: RunDirectory, world: World) -> RunConfi
     if earlier is not None:
         config = keep_auto_choices(config, earlier)
         for key, (old, new) in differences(config, earlier).items():
-            log.info("%s was %s when the run started, is %s from here on", key, old, new)
+            log.info("%s was %s when the run started, is %s from here on%s", key, old, new, _consequence(key, config))
     with world.together():
         device = choose_device(config.train.device, setting="train.device", local_rank=world.process.local_rank)
     train, model = config.train, config.model
     precision = choose_precision(train.precision, device)
     world.check_same("device", {"train.device": device.type, "train.precision": precision})
     attention = world.decide(lambda: resolve_backend(model.attention, device))
-    return replace(
+    config = replace(
         config,
         train=replace(train, device=device.type, precision=precision),
         model=replace(model, attention=attention),
     )
+    recompute = world.decide(lambda: resolve_recompute(config, device, world.size))
+    return replace(config, parallel=replace(config.parallel, recompute=recompute))
+
+
+def _consequence(key: str, config: RunConfig) -> str:
+    if key in ("train.steps", "train.tokens") and config.optim.schedule_steps is None:
+        return " (the learning rate's schedule is stretched to it; optim.schedule_steps would hold it)"
+    return ""
 
 
 def started_with(path: Path) -> RunConfig:
@@ -243,6 +257,18 @@ class Trainer:
         self.validated_step = world.decide(lambda: self.metrics.validated_step if self.metrics else None)
         self.throughput = Throughput(config, device_name=device_name(self.device), world_size=world.size)
         self._record_start(environment, resumed_from=self.saved_step)
+        log.info(self.describe())
+
+    def describe(self) -> str:
+        """One line for the log: on what the run is spread, and how."""
+        train, mesh = self.config.train, layout(self.config.parallel, self.world.size)
+        parameters = sum(parameter.numel() for parameter in self.parameters.values())
+        per_rank = self.config.global_batch // mesh.data_parallel // train.micro_batch
+        return (
+            f"{parameters:,} parameters on {self.world.size} x {train.device} (dp_replicate {mesh.dp_replicate} x "
+            f"dp_shard {mesh.dp_shard}), {train.precision}, recompute {self.config.parallel.recompute}, attention "
+            f"{self.config.model.attention}; a step is {per_rank} micro-batches of {train.micro_batch} on each"
+        )
 
     # ------------------------------------------------------------------ composition
 
@@ -290,6 +316,7 @@ class Trainer:
         config, world = self.config, self.world
         with torch.device("meta"):
             model = Llama(config.model, compute_dtype=PRECISIONS[config.train.precision])
+        apply_recompute(model, config.parallel)
         if world.size > 1:
             fsdp.shard(model, build_mesh(layout(config.parallel, world.size), self.device), config.parallel)
         model.to_empty(device=self.device)
@@ -438,7 +465,8 @@ class Trainer:
         elif reason is not None:
             self.directory.record("stop", step=self.step, reason=reason)
             self.directory.set_status(PREEMPTED, step=self.step, reason=reason)
-            log.info("stopped at step %d (%s); the same command resumes there", self.step, reason)
+            without = f" without {reason}" if reason.startswith("train.") else ""
+            log.info("stopped at step %d (%s); the same command%s goes on from there", self.step, reason, without)
         else:
             return False
         self.agreement.honoured(STOP_FILE)

@@ -1,6 +1,6 @@
 """Verify that every layout gives the same model as one process does.
 
-python -m llamatrain.verify                     layouts on 2 and 4 processes of this machine's CPU
+python -m llamatrain.verify                     layouts on 1, 2 and 4 processes of this machine's CPU
 torchrun … -m llamatrain.verify suite=cluster workspace=SHARED_DIRECTORY     layouts on your ranks, before a real run
 
 A small model is trained for 20 steps by each layout and by one process alone, from the same weights on the same
@@ -23,7 +23,7 @@ from llamatrain.config.verify import VerifyConfig, check_verify
 from llamatrain.errors import LlamatrainError
 from llamatrain.process import this_process
 
-WORLD_SIZES = (2, 4)  # of suite=cpu
+WORLD_SIZES = (1, 2, 4)  # of suite=cpu
 WORK, RESULTS = "work", "results-{}.json"
 
 

@@ -13,9 +13,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend
 
 from llamatrain.model import attention as attention_module
-from llamatrain.model import llama
+from llamatrain.model import block_backward
 from llamatrain.model.attention import attention, attention_backward, attention_forward
-from llamatrain.model.block_backward import attention_half, feed_forward_half, rotate
+from llamatrain.model.block_backward import attention_half, feed_forward_half, own_backward, rotate
 from llamatrain.model.llama import Block, KVCache, Llama
 from llamatrain.model.loss import cross_entropy_sum
 from llamatrain.model.rope import apply_rope, rope_tables
@@ -324,7 +324,7 @@ def test_rotation_is_that_of_rope_and_its_inverse() -> None:
 def with_own_backward(model: Llama, chosen: bool = True) -> Llama:
     for block in model.layers.values():
         assert isinstance(block, Block)
-        block.own_backward = chosen
+        block.training_forward = own_backward if chosen else None
     return model
 
 
@@ -398,7 +398,7 @@ def test_own_backward_is_for_training_only(monkeypatch: pytest.MonkeyPatch) -> N
     def forbidden(*inputs: Any, **options: Any) -> Tensor:
         raise AssertionError("called")
 
-    monkeypatch.setattr(llama, "attention_half", forbidden)
+    monkeypatch.setattr(block_backward, "attention_half", forbidden)
     with pytest.raises(AssertionError, match="called"):
         model(tokens)
     with torch.no_grad():
@@ -412,12 +412,12 @@ def test_own_backward_is_for_training_only(monkeypatch: pytest.MonkeyPatch) -> N
 # Memory
 
 
-def kept_bytes(layers: int, *, own_backward: bool, kv_heads: int, tokens: Tensor) -> int:
+def kept_bytes(layers: int, *, by_hand: bool, kv_heads: int, tokens: Tensor) -> int:
     """Bytes of all storages kept for the backward of a bf16 model, without parameters and rotary tables."""
     config = dataclasses.replace(
         TINY, dim=512, n_heads=8, n_kv_heads=kv_heads, n_layers=layers, max_seq_len=512, ffn_multiple_of=32
     )
-    model = with_own_backward(Llama(config, compute_dtype=torch.bfloat16), own_backward).bfloat16()
+    model = with_own_backward(Llama(config, compute_dtype=torch.bfloat16), by_hand).bfloat16()
     model.rebuild_rope_tables()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -441,11 +441,9 @@ def kept_bytes(layers: int, *, own_backward: bool, kv_heads: int, tokens: Tensor
 def test_a_layer_keeps_what_the_formula_says(kv_heads: int, record_property: Callable[[str, Any], None]) -> None:
     tokens, heads, width, ffn_width = some_tokens(2, 512), 8, 512, 1376
     per_token = {}
-    for own_backward in (False, True):
-        four, two = (
-            kept_bytes(layers, own_backward=own_backward, kv_heads=kv_heads, tokens=tokens) for layers in (4, 2)
-        )
-        per_token[own_backward] = (four - two) / 2 / tokens.numel()
+    for chosen in (False, True):
+        four, two = (kept_bytes(layers, by_hand=chosen, kv_heads=kv_heads, tokens=tokens) for layers in (4, 2))
+        per_token[chosen] = (four - two) / 2 / tokens.numel()
     shared = heads // kv_heads
     expected = (8 + 4 / shared) * width + 4 * ffn_width + 4 * heads + 8
     record_property("bytes per token and layer: autograd, own backward, formula", [*per_token.values(), expected])

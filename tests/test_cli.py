@@ -279,3 +279,13 @@ def test_half_a_launcher_is_refused_plainly(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert "WORLD_SIZE=2 is set and RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT" in done.stderr
+
+
+def test_a_printed_configuration_is_a_checked_one(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "llamatrain.train", "--cfg", "job", "--resolve", "name=here"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert "run_dir: runs/here" in done.stdout.splitlines()
+    refused = subprocess.run([*command, "train.stps=5"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "did you mean train.steps?" in refused.stderr

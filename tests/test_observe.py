@@ -66,7 +66,7 @@ def test_a_console_line_tells_progress_loss_speed_and_time_left(capsys: pytest.C
         "loss 2.5000",
         "lr 3.00e-04",
         "grad 0.700",
-        "12,346 tok/s",
+        "12,346 tok/s/device",
         "mfu 45.1%",
         "eta 3m00s",
     ):

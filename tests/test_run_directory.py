@@ -148,3 +148,20 @@ def test_a_refusal_is_noted_in_a_run_that_exists_and_not_in_one_at_work(tmp_path
     found = read_status(tmp_path / "run")
     assert found is not None
     assert (found["state"], found["step"], found["reason"]) == ("bad_input", 4, "typo")
+
+
+def test_a_request_counts_for_the_run_that_it_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAMATRAIN_ATTEMPT", "launch-1")
+    directory = RunDirectory(tmp_path)
+    request = tmp_path / "control" / "stop"
+    assert not directory.requests("stop")
+    request.touch()  # a person's
+    assert directory.requests("stop")
+    request.write_text("launch-1")
+    assert directory.requests("stop")
+    request.write_text("launch-2")  # whose run was refused, since this one works here
+    assert not directory.requests("stop")
+    directory.close()
+    again = RunDirectory(tmp_path)
+    assert not request.exists()  # of a launch that is over
+    again.close()

@@ -1,6 +1,6 @@
 """How the run is spread over its processes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 from llamatrain.errors import ConfigError
@@ -9,6 +9,9 @@ AXES = ("dp_replicate", "dp_shard")  # outermost first: neighbours along the las
 RESHARD_AFTER_FORWARD = ("always", "never")
 REDUCE_DTYPES = ("fp32", "bf16")
 MOMENTS = ("each", "last")
+RECOMPUTE = ("none", "block_backward", "selective", "full")  # by what backward does again, least first
+LINEARS = ("wq", "wk", "wv", "wo", "w1", "w3", "w2")  # a block's, in the order of its forward
+SAVABLE = ("wq", "wk", "wv", "attention", "wo", "w1", "w3")  # outputs of a block's parts that its backward reads
 
 
 @dataclass
@@ -25,6 +28,12 @@ class ParallelConfig:
         "each"  # gradients leave after each micro-batch, or after the last (more memory, less traffic)
     )
     all_reduce: str = "last"  # the same between the copies of dp_replicate
+    # what backward computes again instead of having kept it: nothing (none), elementwise operations (block_backward,
+    # the paper's), whatever recompute_save does not name (selective), each block (full); auto: the first of these,
+    # in this order, that fits the memory
+    recompute: str = "auto"
+    recompute_save: list[str] = field(default_factory=lambda: list(SAVABLE))  # outputs that selective keeps
+    recompute_budget_gib: float | None = None  # for auto: memory of a device that may be used; null: 9/10 of it
     timeout_s: int = 600  # a collective of a step that takes longer ends the run
     host_timeout_s: int = 1800  # the same where ranks wait for files or for each other's start
 
@@ -52,6 +61,7 @@ class Layout:
 
 def check_parallel(parallel: ParallelConfig) -> None:
     """Raises ConfigError."""
+    _check_recompute(parallel)
     choices = {"reshard_after_forward": RESHARD_AFTER_FORWARD, "reduce_dtype": REDUCE_DTYPES}
     choices |= {"reduce_scatter": MOMENTS, "all_reduce": MOMENTS}
     for name, allowed in choices.items():
@@ -69,6 +79,22 @@ def check_parallel(parallel: ParallelConfig) -> None:
             "parallel.all_reduce=each sums what parallel.reduce_scatter=last has not reduced yet: "
             "set parallel.all_reduce=last, or parallel.reduce_scatter=each"
         )
+
+
+def _check_recompute(parallel: ParallelConfig) -> None:
+    if parallel.recompute not in ("auto", *RECOMPUTE):
+        raise ConfigError(f"parallel.recompute={parallel.recompute}: choose one of auto, {', '.join(RECOMPUTE)}")
+    for name in parallel.recompute_save:
+        if name == "w2":
+            raise ConfigError(
+                "parallel.recompute_save names w2: backward does not read its output, it would be kept for nothing; "
+                f"leave it out and choose of {', '.join(SAVABLE)}"
+            )
+        if name not in SAVABLE:
+            raise ConfigError(f"parallel.recompute_save names {name}: choose of {', '.join(SAVABLE)}")
+    budget = parallel.recompute_budget_gib
+    if budget is not None and not budget > 0:
+        raise ConfigError(f"parallel.recompute_budget_gib={budget}: must be above 0, or null for the device's memory")
 
 
 def layout(parallel: ParallelConfig, world_size: int) -> Layout:

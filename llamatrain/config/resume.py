@@ -11,7 +11,7 @@ from typing import Any
 from llamatrain.config.run import RunConfig
 from llamatrain.errors import ConfigError
 
-AUTO_FIELDS = (("train", "device"), ("train", "precision"), ("model", "attention"))
+AUTO_FIELDS = (("train", "device"), ("train", "precision"), ("model", "attention"), ("parallel", "recompute"))
 STRUCTURAL_GROUPS = ("model",)
 NOT_STRUCTURAL = ("model.attention",)
 STRUCTURAL = ("data.seq_len", "data.seed", "data.document_mask", "train.seed", "train.global_batch_tokens")

@@ -9,7 +9,9 @@ SUITES = ("cpu", "cluster")
 
 @dataclass
 class VerifyConfig:
-    suite: str = "cpu"  # cpu: 2 and 4 processes of this machine, which it starts; cluster: the ranks it is started on
+    suite: str = (
+        "cpu"  # cpu: 1, 2 and 4 processes of this machine, which it starts; cluster: the ranks it is started on
+    )
     only: str | None = None  # just the cases whose name has this text
     workspace: str = "runs/verify"  # on several nodes: where all can write
 

@@ -24,6 +24,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from llamatrain.model.attention import SavedAttention, at_least_fp32, attention_backward, attention_forward
+from llamatrain.model.llama import Block
+
+
+def own_backward(block: Block, x: Tensor, cos: Tensor, sin: Tensor, doc_lengths: Sequence[int] | None) -> Tensor:
+    """`Block.plain_forward` made of the two halves, to be a block's `training_forward`."""
+    a, f, eps = block.attention, block.feed_forward, block.attention_norm.eps
+    norm, wq, wk, wv, wo = (m.weight.to(x.dtype) for m in (block.attention_norm, a.wq, a.wk, a.wv, a.wo))
+    h = attention_half(
+        x, norm, wq, wk, wv, wo, cos, sin, eps=eps, head_dim=a.head_dim, backend=a.backend, doc_lengths=doc_lengths
+    )
+    norm, w1, w2, w3 = (m.weight.to(x.dtype) for m in (block.ffn_norm, f.w1, f.w2, f.w3))
+    return feed_forward_half(h, norm, w1, w2, w3, eps=eps)
 
 
 def attention_half(

@@ -8,7 +8,7 @@ The weights are not drawn here: `llamatrain.model.init.init_weights` does that, 
 model built on the meta device needs `to_empty` and then `rebuild_rope_tables`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from llamatrain.config.model import ModelConfig
 from llamatrain.model.attention import attention
-from llamatrain.model.block_backward import attention_half, feed_forward_half
 from llamatrain.model.rope import apply_rope, rope_tables
 
 
@@ -122,7 +121,8 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """One layer. Returns a new tensor: FSDP2 loses its backward hook on a view that is changed in place."""
 
-    own_backward: bool = False  # whoever composes the model may set it: see llamatrain.model.block_backward
+    # Another way to the same numbers, for training; set by llamatrain.parallel.recompute, on single blocks.
+    training_forward: "Callable[[Block, Tensor, Tensor, Tensor, Sequence[int] | None], Tensor] | None" = None
 
     def __init__(self, config: ModelConfig, *, layer: int) -> None:
         super().__init__()
@@ -140,22 +140,23 @@ class Block(nn.Module):
         doc_lengths: Sequence[int] | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        if self.own_backward and cache is None and torch.is_grad_enabled():
-            return self._forward_for_own_backward(x, cos, sin, doc_lengths)
+        if self.training_forward is not None and cache is None and torch.is_grad_enabled():
+            return self.training_forward(self, x, cos, sin, doc_lengths)
+        return self.plain_forward(x, cos, sin, doc_lengths=doc_lengths, cache=cache)
+
+    def plain_forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        *,
+        doc_lengths: Sequence[int] | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """The block by its formula, differentiated by autograd where gradients are enabled."""
         h = x + self.attention(self.attention_norm(x), cos, sin, doc_lengths=doc_lengths, cache=cache)
         out: Tensor = h + self.feed_forward(self.ffn_norm(h))
         return out
-
-    def _forward_for_own_backward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, doc_lengths: Sequence[int] | None
-    ) -> Tensor:
-        a, f, eps = self.attention, self.feed_forward, self.attention_norm.eps
-        norm, wq, wk, wv, wo = (m.weight.to(x.dtype) for m in (self.attention_norm, a.wq, a.wk, a.wv, a.wo))
-        h = attention_half(
-            x, norm, wq, wk, wv, wo, cos, sin, eps=eps, head_dim=a.head_dim, backend=a.backend, doc_lengths=doc_lengths
-        )
-        norm, w1, w2, w3 = (m.weight.to(x.dtype) for m in (self.ffn_norm, f.w1, f.w2, f.w3))
-        return feed_forward_half(h, norm, w1, w2, w3, eps=eps)
 
 
 class Llama(nn.Module):

@@ -57,7 +57,7 @@ class Console:
             f"loss {record['train/loss']:.4f}",
             f"lr {record['train/lr']:.2e}",
             f"grad {record['train/grad_norm']:.3f}",
-            f"{record['perf/tokens_per_s_per_device']:,.0f} tok/s",
+            f"{record['perf/tokens_per_s_per_device']:,.0f} tok/s/device",
             f"mfu {record['perf/mfu']:.1%}" if "perf/mfu" in record else "",
             f"wait {record['perf/data_wait_ms']:.1f}ms",
             f"mem {record['perf/memory_gib']:.2f}GiB",

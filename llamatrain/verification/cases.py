@@ -19,6 +19,7 @@ from llamatrain.config import (
     SourceConfig,
     TrainConfig,
 )
+from llamatrain.config.parallel import RECOMPUTE
 
 STEPS = 20
 GLOBAL_BATCH = 8  # sequences
@@ -73,7 +74,7 @@ class Case:
             checkpoint=CheckpointConfig(every_steps=STEPS),
             evaluation=EvaluationConfig(every_steps=0),
         )
-        config.parallel = replace(config.parallel, **self.parallel)
+        config.parallel = replace(config.parallel, **{"recompute": "none", **self.parallel})
         return config
 
 
@@ -87,16 +88,22 @@ def all_cases(ranks: int, *, ranks_per_node: int) -> Iterator[Case]:
         {"forward_prefetch": 2, "backward_prefetch": 2},
         {"reduce_scatter": "last"},
     ]
+    recomputed: list[dict[str, Any]] = [{"recompute": choice} for choice in RECOMPUTE if choice != "none"]
     if ranks == 1:
+        for parallel, precision in product(recomputed, ("fp32", "bf16")):
+            yield Case(ranks, parallel, precision=precision)
         return
     for parallel in sharded:
         yield Case(ranks, parallel)
+    for parallel in recomputed:
+        yield Case(ranks, parallel)
+        yield Case(ranks, {**parallel, "reshard_after_forward": "never"}, precision="bf16")
     for copies in sorted({2, ranks // ranks_per_node} - {1, 0}):
         if ranks % copies == 0:
             yield Case(ranks, {"dp_replicate": copies})
             for scatter, reduce in (("last", "last"), ("each", "each")):
                 yield Case(ranks, {"dp_replicate": copies, "reduce_scatter": scatter, "all_reduce": reduce})
     yield Case(ranks, {}, model=tied)
-    for parallel, reshard in product(({}, {"dp_replicate": 2}), ("always", "never")):
-        if ranks % 2 == 0:
-            yield Case(ranks, {**parallel, "reshard_after_forward": reshard}, precision="bf16")
+    for copies, reshard in product((1, 2), ("always", "never")):
+        if ranks % copies == 0:
+            yield Case(ranks, {"dp_replicate": copies, "reshard_after_forward": reshard}, precision="bf16")

@@ -7,7 +7,7 @@ import pytest
 from llamatrain.config import RunConfig
 from llamatrain.data.loader import Batch
 from llamatrain.distributed import World
-from llamatrain.model import llama
+from llamatrain.model import block_backward
 from llamatrain.model.llama import Block
 from llamatrain.trainer import Trainer
 from tests.courses import BF16_TOLERANCE, Course, check_same_course, course_of
@@ -19,19 +19,19 @@ from tests.small_run import GLOBAL_BATCH
 def with_own_backward(trainer: Trainer, batch: Batch) -> None:
     for module in trainer.model.modules():
         if isinstance(module, Block):
-            module.own_backward = True
+            module.training_forward = block_backward.own_backward
 
 
 def course_with_own_backward(world: World, config: RunConfig) -> tuple[Course, int]:
     """The course, and how often a block's own half was called."""
-    calls, half = 0, llama.attention_half
+    calls, half = 0, block_backward.attention_half
 
     def counted(*inputs, **options):  # type: ignore[no-untyped-def]
         nonlocal calls
         calls += 1
         return half(*inputs, **options)
 
-    llama.attention_half = counted
+    block_backward.attention_half = counted
     return course_of(world, config, STEPS, with_own_backward), calls
 
 

@@ -181,7 +181,7 @@ def test_a_signalled_job_saves_is_requeued_and_ends_in_the_same_bits(
         assert 60 <= stopped["step"] < STEPS
         assert saved_steps(run_dir)[-1] == stopped["step"]
         assert not (run_dir / "control" / "stop").exists()
-        (run_dir / "control" / "stop").touch()  # as a launch that died would leave it
+        (run_dir / "control" / "stop").write_text("slurm-1-7")  # as a launch that died would leave it
         assert job.wait(PATIENCE_S) == "COMPLETED", job.explain()
     assert watch.states == ["running", "preempted", "running", "done"]
     assert watch.attempts == [f"slurm-{job.number}-0", f"slurm-{job.number}-1"]
