@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llamatrain import trainer
+from llamatrain import session
 from llamatrain.config import RunConfig
 from llamatrain.data.loader import Batch
 from llamatrain.device import memory_gib, memory_total_gib
@@ -46,7 +46,7 @@ def run(config: RunConfig, stop: StopRequest) -> None:
     if leads:  # what a killed rehearsal left would be resumed
         shutil.rmtree(aside.run_dir, ignore_errors=True)
     try:
-        trainer.run(aside, stop, work=rehearse)
+        session.run(aside, stop, work=rehearse)
     finally:
         if leads:
             shutil.rmtree(aside.run_dir, ignore_errors=True)

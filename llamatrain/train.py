@@ -60,7 +60,7 @@ def train(config: RunConfig) -> None:
     if config.train.dry_run:
         from llamatrain.dry_run import run
     else:
-        from llamatrain.trainer import run
+        from llamatrain.session import run
     run(config, stop)
     if stop.reason is not None:
         sys.exit(0)  # the rest of a sweep is to stop too

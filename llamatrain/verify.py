@@ -67,7 +67,7 @@ def verify_here(settings: VerifyConfig, workspace: Path) -> None:
     import torch
 
     from llamatrain.distributed import World
-    from llamatrain.verification.cases import VOCAB_SIZE, Case, all_cases
+    from llamatrain.verification.cases import VOCAB_SIZE, all_cases
     from llamatrain.verification.corpus import write_corpus
     from llamatrain.verification.runner import Result, Runner
 
@@ -83,38 +83,28 @@ def verify_here(settings: VerifyConfig, workspace: Path) -> None:
 
     def tell(result: Result) -> None:
         if world.leads:
-            print(row(result.case, as_json(result)), flush=True)
-
-    def as_json(result: Result) -> dict[str, Any]:
-        found = result.differences
-        return {
-            "ranks": result.case.ranks,
-            "layout": result.case.name,
-            "loss": found.loss if found else None,
-            "norm": found.norm if found else None,
-            "gradient": found.gradient if found else None,
-            "seconds": result.seconds,
-            "failures": result.failures,
-        }
-
-    def row(case: Case, result: dict[str, Any]) -> str:
-        numbers = " ".join(
-            f"{name} {result[name]:.1e}" if result[name] is not None else f"{name} -"
-            for name in ("loss", "norm", "gradient")
-        )
-        verdict = "ok" if not result["failures"] else "FAILED: " + "; ".join(result["failures"])
-        return f"{case.ranks} ranks  {case.name:<60} {numbers}  {result['seconds']:5.1f}s  {verdict}"
+            print(row(result.as_json()), flush=True)
 
     world.decide(prepare)
     cases = all_cases(world.size, ranks_per_node=process.local_world_size)
     chosen = [case for case in cases if settings.only is None or settings.only in case.name]
-    results = [as_json(result) for result in Runner(world, work, work / "corpus").run(chosen, tell)]
+    results = [result.as_json() for result in Runner(world, work, work / "corpus").run(chosen, tell)]
     if world.leads:
         (workspace / RESULTS.format(world.size)).write_text(json.dumps(results, indent=1), encoding="utf-8")
         shutil.rmtree(work, ignore_errors=True)
     world.leave()
     if world.leads and settings.suite == "cluster":
         refuse_failures(results)
+
+
+def row(result: dict[str, Any]) -> str:
+    """One line of the table."""
+    numbers = " ".join(
+        f"{name} {result[name]:.1e}" if result[name] is not None else f"{name} -"
+        for name in ("loss", "norm", "gradient")
+    )
+    verdict = "ok" if not result["failures"] else "FAILED: " + "; ".join(result["failures"])
+    return f"{result['ranks']} ranks  {result['layout']:<60} {numbers}  {result['seconds']:5.1f}s  {verdict}"
 
 
 def refuse_failures(results: list[dict[str, Any]]) -> None:

@@ -22,7 +22,8 @@ from llamatrain.config import (
 )
 from llamatrain.distributed import World
 from llamatrain.resilience.control import StopRequest
-from llamatrain.trainer import Trainer, open_run_directory, run, settle
+from llamatrain.session import open_run_directory, run, settle
+from llamatrain.trainer import Trainer
 from tests.conftest import TINY_VOCAB
 
 SEQ_LEN = 32

@@ -24,8 +24,9 @@ from llamatrain.evaluation.validation import Validation
 from llamatrain.model.llama import Llama
 from llamatrain.observe.records import Record
 from llamatrain.resilience.control import StopRequest
+from llamatrain.session import run
 from llamatrain.train import train
-from llamatrain.trainer import Trainer, run
+from llamatrain.trainer import Trainer
 from tests.courses import BF16_TOLERANCE, Course, check_same_course, course_of
 from tests.small_run import (
     GLOBAL_BATCH,
@@ -253,7 +254,7 @@ def test_a_stop_ends_a_sweep_too(sources: dict[str, Path], tmp_path: Path, monke
     def stopped(config: RunConfig, stop: StopRequest) -> None:
         stop.reason = "SIGTERM"
 
-    monkeypatch.setattr("llamatrain.trainer.run", stopped)
+    monkeypatch.setattr("llamatrain.session.run", stopped)
     monkeypatch.setattr(StopRequest, "install", lambda self: None)
     with pytest.raises(SystemExit) as left:
         train(small_config(tmp_path, sources))

@@ -53,7 +53,7 @@ class Case:
         settings |= {f"model.{key}": value for key, value in self.model.items()}
         if self.precision != "fp32":
             settings["train.precision"] = self.precision
-        return " ".join(f"{key.removeprefix('parallel.')}={value}" for key, value in settings.items()) or "fsdp"
+        return " ".join(f"{key.removeprefix('parallel.')}={value}" for key, value in settings.items()) or "defaults"
 
     @property
     def plain(self) -> "Case":

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ from llamatrain.config.parallel import layout
 from llamatrain.distributed import World
 from llamatrain.errors import LlamatrainError
 from llamatrain.resilience.control import StopRequest
-from llamatrain.trainer import Trainer, open_run_directory, settle
+from llamatrain.session import open_run_directory, settle
+from llamatrain.trainer import Trainer
 from llamatrain.verification import order
 from llamatrain.verification.cases import STEPS, Case
 from llamatrain.verification.course import Before, Course, Differences, differences, follow, same_tensors, whole
@@ -36,6 +38,19 @@ class Result:
     seconds: float = 0.0
     differences: Differences | None = None
     failures: list[str] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, the differences among them."""
+        found = self.differences
+        return {
+            "ranks": self.case.ranks,
+            "layout": self.case.name,
+            "loss": found.loss if found else None,
+            "norm": found.norm if found else None,
+            "gradient": found.gradient if found else None,
+            "seconds": self.seconds,
+            "failures": self.failures,
+        }
 
 
 class Runner:

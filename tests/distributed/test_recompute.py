@@ -17,7 +17,7 @@ from llamatrain.model.loss import cross_entropy_sum
 from llamatrain.parallel import fsdp
 from llamatrain.parallel.mesh import build_mesh
 from llamatrain.parallel.recompute import apply_recompute
-from llamatrain.trainer import open_run_directory, settle
+from llamatrain.session import open_run_directory, settle
 from tests.benchmarks.bench_recompute import SHAPE, LiveBytes
 from tests.courses import BF16_TOLERANCE, Course, check_same_course, course_of
 from tests.distributed.test_training import STEPS, config_for

@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from llamatrain import trainer
+from llamatrain import session
 from llamatrain.config import RunConfig
 from llamatrain.data.loader import Batch
 from llamatrain.distributed import World
 from llamatrain.errors import ConfigError
 from llamatrain.model import init
 from llamatrain.resilience.control import StopRequest
-from llamatrain.trainer import Trainer, run_on
+from llamatrain.session import run_on
+from llamatrain.trainer import Trainer
 from tests.courses import LOSS_TOLERANCE
 from tests.ranks import on_ranks
 from tests.small_run import GLOBAL_BATCH, assert_same_run, metrics, reproducible, saved_steps, small_config, status
@@ -103,7 +104,7 @@ def test_ranks_that_would_compute_differently_are_named(sources: dict[str, Path]
 
 def train_with_bf16_on_rank_1(world: World, config: RunConfig) -> None:
     if world.rank == 1:
-        trainer.choose_precision = lambda *_: "bf16"  # type: ignore[attr-defined]
+        session.choose_precision = lambda *_: "bf16"  # type: ignore[attr-defined]
     train(world, config)
 
 

@@ -17,7 +17,8 @@ from llamatrain.distributed import World
 from llamatrain.errors import UnhealthyRun
 from llamatrain.resilience.control import StopRequest
 from llamatrain.run_directory import RunDirectory
-from llamatrain.trainer import Trainer, run_on
+from llamatrain.session import run_on
+from llamatrain.trainer import Trainer
 from tests.ranks import on_ranks
 from tests.small_run import assert_same_run, saved_steps, small_config, status
 
