@@ -42,7 +42,8 @@ LLAMATRAIN_ATTEMPT="launch-$(hostname)-$$-$(date +%s)"
 export LLAMATRAIN_ATTEMPT
 
 # What torchrun's processes fail with is put here; its own summary drowns it.
-export TORCHELASTIC_ERROR_FILE=$(mktemp)
+TORCHELASTIC_ERROR_FILE=$(mktemp)
+export TORCHELASTIC_ERROR_FILE
 trap 'rm -f "$TORCHELASTIC_ERROR_FILE"' EXIT
 
 torchrun=
