@@ -236,7 +236,12 @@ def test_a_bad_configuration_is_not_requeued(cluster: Cluster, data: Path, tmp_p
 
     job = cluster.submit("--nodes=2", SCRIPT, *arguments, "train.step=3", cwd=tmp_path, env=ENVIRONMENT)
     assert job.wait(PATIENCE_S) == "FAILED", job.explain()
-    assert "train.step" in job.output
+    assert job.output == "error: train.step: there is no such setting; did you mean train.steps?\n"
+
+    indivisible = [*arguments, "train.global_batch_tokens=100"]  # only the processes know how many they are
+    job = cluster.submit("--nodes=2", SCRIPT, *indivisible, cwd=tmp_path, env=ENVIRONMENT)
+    assert job.wait(PATIENCE_S) == "FAILED", job.explain()
+    assert "error: train.global_batch_tokens=100 does not divide" in job.output
     assert "not requeued: it ended before it wrote a status" in job.output
 
 
