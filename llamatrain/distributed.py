@@ -35,12 +35,8 @@ from llamatrain.process import Process
 
 T = TypeVar("T")
 
-PEER_LOST = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "Read error",
-)  # gloo's words for it
+# gloo's words for a peer that is gone
+PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Read error")
 LAST_WORDS_S = 10
 POLL_S = 0.02  # between two looks at the store while the ranks meet
 
@@ -193,7 +189,7 @@ class Failure:
     def of(cls, error: BaseException, *, rank: int) -> "Failure":
         exit_code = error.exit_code if isinstance(error, LlamatrainError) else 1
         message = str(error) if isinstance(error, LlamatrainError) else f"{type(error).__name__}: {error}"
-        another_is_gone = any(words in message for words in PEER_LOST)
+        another_is_gone = isinstance(error, RuntimeError) and any(words in message for words in PEER_LOST)
         if another_is_gone:
             message = f"another rank is gone without a word; what rank {rank} noticed: {message.partition('. ')[0]}"
         trace = "".join(traceback.format_exception(error))

@@ -25,6 +25,7 @@ from llamatrain.process import attempt_id
 
 STATUS_VERSION = 1
 RUNNING, DONE, PREEMPTED, UNHEALTHY, BAD_INPUT = "running", "done", "preempted", "unhealthy", "bad_input"
+CRASH = "crash"  # the journal's word; the status of a run that crashed is still `running`, with a reason
 STARTING, TRAINING, VALIDATING, SAVING = "starting", "training", "validating", "saving"
 HEARTBEAT_S = 10.0
 
@@ -55,7 +56,7 @@ class RunDirectory:
         if leads:
             self._journal = self._open_journal()
             for request in (self.path / "control").iterdir():
-                if _asked_by(request) not in ("", self.attempt):
+                if _asked_by(request) not in ("", self.attempt, None):
                     request.unlink(missing_ok=True)  # of a launch that is over: the lock was free
 
     def _take_lock(self) -> TextIO:
@@ -121,9 +122,9 @@ class RunDirectory:
         return [entry for entry in map(json.loads, lines) if entry["event"] in kinds]
 
     def starts_without_progress(self) -> int:
-        """How many launches in a row ended without a checkpoint, an ordered end, or a person's look in between."""
+        """How many launches in a row came to no checkpoint, no ordered end, and nothing that a person has to mend."""
         count = 0
-        for entry in self.events("launch", "checkpoint", "stop", "done", "gave_up"):
+        for entry in self.events("launch", "checkpoint", "stop", "done", BAD_INPUT, UNHEALTHY):
             count = count + 1 if entry["event"] == "launch" else 0
         return count
 
@@ -158,7 +159,11 @@ class RunDirectory:
             self.set_status(RUNNING, phase=phase)
 
     def note_failure(self, state: str, reason: str) -> None:
-        """Set the status, from whichever rank; a run that is done stays done, whatever was typed after it."""
+        """Journal a failure and set the status, from whichever rank. A crash's state is `running`.
+
+        A run that is done stays done, whatever was typed after it.
+        """
+        self.record(CRASH if state == RUNNING else state, reason=reason)
         if not (self.was_done and state == BAD_INPUT):
             self._write_status(state, reason)
 
@@ -176,6 +181,7 @@ class RunDirectory:
 
 
 def _asked_by(request: Path) -> str | None:
+    """The attempt that a control file names, "" for a person's; None if there is no such file."""
     try:
         return request.read_text(encoding="utf-8").strip()
     except (OSError, ValueError):

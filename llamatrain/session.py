@@ -87,7 +87,6 @@ def give_up_if_hopeless(config: RunConfig, directory: RunDirectory) -> None:
     """Raises UnhealthyRun if start after start came to nothing; the next attempt, a person's, counts anew."""
     starts = directory.starts_without_progress()
     if starts >= config.train.max_starts_without_progress:
-        directory.record("gave_up", starts=starts)
         raise UnhealthyRun(
             f"{config.run_dir}: {starts} starts in a row ended without a checkpoint; see logs/ there for what "
             "ended them, mend it, and start again (train.max_starts_without_progress allows more)"
@@ -109,9 +108,7 @@ def tell_failure(error: BaseException, directory: RunDirectory, world: World, ra
         rank_log.write(f"{reason}\nThat rank failed first. What this one saw:")
     rank_log.write("".join(traceback.format_exception(error)))
     if first or world.leads:
-        state = FAILED_STATES.get(failure.exit_code, RUNNING)
-        directory.note_failure(state, reason)
-        directory.record("crash" if state == RUNNING else state, reason=reason)
+        directory.note_failure(FAILED_STATES.get(failure.exit_code, RUNNING), reason)
     if world.size == 1:
         return
     if first:

@@ -20,7 +20,7 @@ from typing import Any
 from llamatrain.cli import run_command
 from llamatrain.config.parallel import ParallelConfig
 from llamatrain.config.verify import VerifyConfig, check_verify
-from llamatrain.errors import LlamatrainError
+from llamatrain.errors import ConfigError, LlamatrainError
 from llamatrain.process import this_process
 
 WORLD_SIZES = (1, 2, 4)  # of suite=cpu
@@ -40,7 +40,9 @@ def verify(settings: VerifyConfig) -> None:
     if os.environ.get("WORLD_SIZE"):
         verify_here(settings, workspace)
     elif settings.suite == "cluster":
-        raise LlamatrainError("suite=cluster verifies the ranks it is started on: start it with torchrun")
+        raise ConfigError(
+            "suite=cluster verifies the ranks it is started on: start it with torchrun, or take suite=cpu"
+        )
     else:
         start_on_this_machine(settings, workspace)
 

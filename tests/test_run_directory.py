@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from llamatrain.errors import ConfigError, UnhealthyRun
 from llamatrain.process import attempt_id
 from llamatrain.run_directory import (
+    BAD_INPUT,
     PREEMPTED,
     RUNNING,
     TRAINING,
@@ -165,3 +166,16 @@ def test_a_request_counts_for_the_run_that_it_names(tmp_path: Path, monkeypatch:
     again = RunDirectory(tmp_path)
     assert not request.exists()  # of a launch that is over
     again.close()
+
+
+def test_only_launches_that_came_to_nothing_by_themselves_count_as_vain(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    for state in (RUNNING, RUNNING):
+        directory.record("launch")
+        directory.note_failure(state, "a node")
+    assert directory.starts_without_progress() == 2
+    directory.record("launch")
+    directory.note_failure(BAD_INPUT, "a misspelt path")  # somebody is there, and mends it
+    assert directory.starts_without_progress() == 0
+    assert [entry["event"] for entry in directory.events("crash", "bad_input")] == ["crash", "crash", "bad_input"]
+    directory.close()

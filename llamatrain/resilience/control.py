@@ -35,4 +35,5 @@ class StopRequest:
             self._asked_at = time.monotonic()
             self.reason = signal.Signals(number).name
             if self._announce:
-                os.write(2, b"\nstopping after this step; Ctrl-C again interrupts at once\n")
+                again_told = b"; Ctrl-C again interrupts at once" if number == signal.SIGINT else b""
+                os.write(2, b"\nstopping after this step" + again_told + b"\n")

@@ -24,7 +24,7 @@ def issued(trainer: Trainer, batch: Batch) -> list[str]:
     trainer.optimizer.zero_grad()
     found = [(event.time_range.start, event.name) for event in record.events() if event.name.startswith(PREFIX)]
     names = [name.removeprefix(PREFIX) for _, name in sorted(found, key=lambda pair: pair[0])]
-    last = max(place for place, name in enumerate(names) if name == "root_pre_forward")
+    last = max((place for place, name in enumerate(names) if name == "root_pre_forward"), default=0)
     return names[last:]
 
 
@@ -33,7 +33,9 @@ def violations(events: Sequence[str], settings: ParallelConfig, *, layers: int, 
 
     `gathers`: whether the weights lie on several ranks, so that there is anything to gather.
     """
-    turn = next(place for place, name in enumerate(events) if name.startswith("pre_backward"))
+    turn = next((place for place, name in enumerate(events) if name.startswith("pre_backward")), None)
+    if turn is None:
+        return ["the profiler's record shows nothing of FSDP2: this torch names its work otherwise"]
     forward, backward = list(events[:turn]), list(events[turn:])
     kept = settings.reshard_after_forward == "never"
     found = []

@@ -103,6 +103,10 @@ def test_the_order_of_collectives_is_read_from_what_happened() -> None:
     assert len(order.violations(forward + kept_back, ahead, layers=2, gathers=True)) == 1
 
 
+def test_a_torch_that_shows_nothing_fails_the_order() -> None:
+    assert "shows nothing" in order.violations([], ParallelConfig(), layers=2, gathers=True)[0]
+
+
 def test_cases_of_a_suite_have_names_of_their_own() -> None:
     for ranks in (1, 2, 4, 8, 16):
         names = [case.name for case in all_cases(ranks, ranks_per_node=8)]

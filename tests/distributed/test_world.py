@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from llamatrain.distributed import World, meet
+from llamatrain.distributed import Failure, World, meet
 from llamatrain.errors import ConfigError, DataError, DistributedError
 from llamatrain.process import Process, attempt_id, this_process
 from tests.ranks import on_ranks
@@ -137,6 +137,11 @@ def blamed(world: World) -> tuple[int, int, str]:
 
 def test_the_first_failure_is_everybody_s(monkeypatch: pytest.MonkeyPatch) -> None:
     assert on_ranks(3, blamed) == [(2, 2, "planted")] * 3
+
+
+def test_a_broken_pipe_of_one_s_own_is_nobody_else_s_death() -> None:
+    assert not Failure.of(BrokenPipeError(32, "Broken pipe"), rank=0).another_is_gone
+    assert Failure.of(RuntimeError("Connection closed by peer [::1]:1. Check the logs"), rank=0).another_is_gone
 
 
 # The launcher's variables
