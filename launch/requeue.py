@@ -16,11 +16,11 @@ from typing import Any
 
 from llamatrain.errors import UnhealthyRun
 from llamatrain.process import attempt_id
+from llamatrain.resilience.control import FILE_REASON, STOP_SIGNALS
 from llamatrain.run_directory import PREEMPTED, RUNNING, read_status
 
 REQUEUE, DO_NOT, UNREADABLE = 0, 1, 2
-SIGNALS = ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT")  # reasons of a run that a signal reached directly
-STOP_FILE = "control/stop"
+SIGNALS = {number.name for number in STOP_SIGNALS}  # reasons of a run that a signal reached directly
 
 
 def decision(status: dict[str, Any] | None, attempt: str, *, signalled: bool = False) -> tuple[bool, str]:
@@ -36,7 +36,7 @@ def decision(status: dict[str, Any] | None, attempt: str, *, signalled: bool = F
     told = f"{state} at step {status['step']}" + (f" ({reason})" if reason else "")
     if status["attempt"] != attempt:
         return False, f"this attempt ended before it wrote a status; the one before, {status['attempt']}, was {told}"
-    if state == PREEMPTED and (reason in SIGNALS or (signalled and reason == STOP_FILE)):
+    if state == PREEMPTED and (reason in SIGNALS or (signalled and reason == FILE_REASON)):
         return True, told
     if state == PREEMPTED:
         return False, f"{told}: asked for by a person, not by SLURM"

@@ -5,7 +5,6 @@ step is the heaviest there is: every sample one whole document, and two micro-ba
 are still held during the second. It happens in a directory of its own beside the run's, which is removed.
 """
 
-import logging
 import os
 import shutil
 import time
@@ -26,8 +25,6 @@ from llamatrain.observe.sinks import duration
 from llamatrain.process import this_process
 from llamatrain.resilience.control import StopRequest
 from llamatrain.trainer import Trainer
-
-log = logging.getLogger("llamatrain")
 
 MICRO_BATCHES = 2
 
@@ -78,15 +75,13 @@ def rehearse(trainer: Trainer) -> None:
     peaks = trainer.world.gather(memory)
     if trainer.world.leads:
         size = sum(file.stat().st_size for file in trainer.directory.checkpoints.rglob("*.safetensors"))
-        parameters = sum(parameter.numel() for parameter in trainer.parameters.values())
-        per_rank = trainer.config.global_batch // trainer.world.size // trainer.config.train.micro_batch
         highest = max(range(len(peaks)), key=lambda rank: peaks[rank])
         print(
-            f"dry run: {parameters:,} parameters on {trainer.world.size} x {trainer.device.type}\n"
+            f"dry run: {trainer.describe()}\n"
             f"  peak memory   {peaks[highest]:.2f} GiB on rank {highest}, {min(peaks):.2f} GiB on the lowest, of "
             f"{memory_total_gib(trainer.device):.2f} GiB\n"
-            f"  first step    {duration(step_s)} for {len(batch.samples) // batch.micro_batch} of {per_rank} "
-            f"micro-batches a rank (start-up costs included); loss {loss:.4f}, gradient norm {grad_norm:.4f}\n"
+            f"  first step    {duration(step_s)} for {len(batch.samples) // batch.micro_batch} "
+            f"micro-batches on each (start-up costs included); loss {loss:.4f}, gradient norm {grad_norm:.4f}\n"
             f"  checkpoint    {size / 2**30:.2f} GiB, saved in {duration(save_s)}, loaded in {duration(load_s)}, "
             "and what came back is what was saved",
             flush=True,

@@ -44,8 +44,8 @@ from llamatrain.optim.schedule import learning_rate
 from llamatrain.parallel import fsdp
 from llamatrain.parallel.mesh import build_mesh
 from llamatrain.parallel.recompute import apply_recompute
-from llamatrain.resilience.agreement import SAVE_FILE, STOP_FILE, Agreement
-from llamatrain.resilience.control import StopRequest
+from llamatrain.resilience.agreement import Agreement
+from llamatrain.resilience.control import SAVE_FILE, STOP_FILE, StopRequest
 from llamatrain.run_directory import (
     DONE,
     PREEMPTED,

@@ -22,8 +22,9 @@ from llamatrain.config import (
 )
 from llamatrain.distributed import World
 from llamatrain.resilience.control import StopRequest
-from llamatrain.session import open_run_directory, run, settle
+from llamatrain.session import run
 from llamatrain.trainer import Trainer
+from llamatrain.verification.runner import compose
 from tests.conftest import TINY_VOCAB
 
 SEQ_LEN = 32
@@ -57,10 +58,7 @@ def train_in_process(config: RunConfig) -> None:
 
 def trainer_for(config: RunConfig, resources: ExitStack, world: World | None = None) -> Trainer:
     """A composed trainer that has not taken a step."""
-    world = world or World()
-    directory = open_run_directory(config, world)
-    resources.callback(directory.close)
-    return Trainer(settle(config, directory, world), directory, StopRequest(), world, resources)
+    return compose(config, world or World(), resources)
 
 
 def metrics(run_dir: str | Path) -> list[dict[str, Any]]:

@@ -145,7 +145,7 @@ def test_what_is_not_said_of_the_mesh_is_sharded(
 ) -> None:
     found = layout(ParallelConfig(**settings), world_size)
     assert (found.dp_replicate, found.dp_shard) == sizes
-    assert found.ranks == world_size
+    assert found.data_parallel == world_size
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from llamatrain.errors import ConfigError
 AXES = ("dp_replicate", "dp_shard")  # outermost first: neighbours along the last axis are neighbours on a node
 RESHARD_AFTER_FORWARD = ("always", "never")
 REDUCE_DTYPES = ("fp32", "bf16")
-MOMENTS = ("each", "last")
+MICRO_BATCHES = ("each", "last")
 RECOMPUTE = ("none", "block_backward", "selective", "full")  # by what backward does again, least first
 LINEARS = ("wq", "wk", "wv", "wo", "w1", "w3", "w2")  # a block's, in the order of its forward
 SAVABLE = ("wq", "wk", "wv", "attention", "wo", "w1", "w3")  # outputs of a block's parts that its backward reads
@@ -18,15 +18,12 @@ SAVABLE = ("wq", "wk", "wv", "attention", "wo", "w1", "w3")  # outputs of a bloc
 class ParallelConfig:
     dp_shard: int | None = None  # ranks that share one copy of the weights; null: all that dp_replicate leaves
     dp_replicate: int = 1  # copies of the weights (HSDP): gathers stay within dp_shard ranks
-    # what happens to a layer's gathered weights after its forward: freed and gathered again for backward (always),
-    # kept in parts within the node, so that backward gathers there (node), or kept whole until after backward (never)
+    # a layer's gathered weights after its forward: freed, and gathered again for backward (always), or kept (never)
     reshard_after_forward: str = "always"
     reduce_dtype: str = "fp32"  # of gradients on their way between ranks; bf16 halves the traffic and rounds the sum
-    forward_prefetch: int = 0  # layers gathered ahead by order; 0: as the host reaches them, which on GPUs is ahead
+    forward_prefetch: int = 0  # layers gathered ahead on purpose; 0: as the host reaches them, which on GPUs is ahead
     backward_prefetch: int = 0  # the same in backward; 0: one, torch's own
-    reduce_scatter: str = (
-        "each"  # gradients leave after each micro-batch, or after the last (more memory, less traffic)
-    )
+    reduce_scatter: str = "each"  # gradients leave after each micro-batch, or the last: more memory, less traffic
     all_reduce: str = "last"  # the same between the copies of dp_replicate
     # what backward computes again instead of having kept it: nothing (none), elementwise operations (block_backward,
     # the paper's), whatever recompute_save does not name (selective), each block (full); auto: the first of these,
@@ -46,10 +43,6 @@ class Layout:
     dp_shard: int
 
     @property
-    def ranks(self) -> int:
-        return self.dp_replicate * self.dp_shard
-
-    @property
     def data_parallel(self) -> int:
         """Ranks with samples of their own."""
         return self.dp_replicate * self.dp_shard
@@ -63,7 +56,7 @@ def check_parallel(parallel: ParallelConfig) -> None:
     """Raises ConfigError."""
     _check_recompute(parallel)
     choices = {"reshard_after_forward": RESHARD_AFTER_FORWARD, "reduce_dtype": REDUCE_DTYPES}
-    choices |= {"reduce_scatter": MOMENTS, "all_reduce": MOMENTS}
+    choices |= {"reduce_scatter": MICRO_BATCHES, "all_reduce": MICRO_BATCHES}
     for name, allowed in choices.items():
         if getattr(parallel, name) not in allowed:
             raise ConfigError(f"parallel.{name}={getattr(parallel, name)}: choose one of {', '.join(allowed)}")

@@ -14,11 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llamatrain.distributed import World
-from llamatrain.resilience.control import STOP_SIGNALS, StopRequest
+from llamatrain.resilience.control import FILE_REASON, SAVE_FILE, STOP_FILE, STOP_SIGNALS, StopRequest
 from llamatrain.run_directory import RunDirectory
 
-STOP_FILE, SAVE_FILE = "stop", "save"
-FILE_REASON, ORPHANED = f"control/{STOP_FILE}", "the launcher is gone"
+ORPHANED = "the launcher is gone"
 # the same on all ranks, which agree on the highest position
 REASONS = ("", *(number.name for number in STOP_SIGNALS), FILE_REASON, ORPHANED)
 LOOK_EVERY_S = 0.2  # a look at the files is a question to a file system that others use too

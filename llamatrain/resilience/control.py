@@ -1,4 +1,4 @@
-"""Requests to stop, by signal. No torch: handlers must be there before torch, which takes seconds, is imported.
+"""Requests to stop: their names, and those by signal. No torch, which takes seconds to import: handlers come before.
 
 A signal sets a flag; `agreement.py` makes all ranks act on it at the same step. One that comes while torch is still
 loading is therefore kept, and honoured after the first step.
@@ -10,6 +10,8 @@ import time
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+STOP_FILE, SAVE_FILE = "stop", "save"  # in the run directory's control/
+FILE_REASON = f"control/{STOP_FILE}"
 SAME_PRESS_S = 1.0  # torchrun hands a Ctrl-C on to workers that had it from the terminal already
 
 

@@ -92,29 +92,25 @@ class Runner:
 
     def plain(self, case: Case) -> tuple[Course, Path]:
         """The course of a case's plain run, and its checkpoint."""
-        key = f"plain-{case.ranks}-{len(self._plain)}"
-        known = self._plain.get(case.name)
-        if known is None:
-            config = case.config(str(self._workspace / f"{key}-of-{self.world.size}"), str(self._data))
-            known = self._plain[case.name] = self.world.decide(lambda: follow_alone(config))
-        return known
+        if case.name not in self._plain:
+            config = case.config(str(self._workspace / f"plain-{len(self._plain)}"), str(self._data))
+            self._plain[case.name] = self.world.decide(lambda: follow_alone(config))
+        return self._plain[case.name]
 
     def _exchange(self, trainer: Trainer, plain: Path) -> list[str]:
         """Save here and read as a whole; read here what the plain run saved."""
-        world, root = self.world, trainer.directory.checkpoints
         mine = whole_state(trainer)
         trainer.snapshots.save(trainer.step, trainer.data_state)
-        (saved,) = world.decide(lambda: [path for path in root.iterdir() if path.name.startswith("step-")])
-        failures = world.decide(
-            lambda: [] if same_state(read_whole(saved), mine) else ["its checkpoint, read whole, differs"]
-        )
-        with world.together():
+        run_dir = trainer.directory.path
+        written = self.world.decide(lambda: same_state(read_whole(store.find_checkpoint(run_dir)), mine))
+        with self.world.together():
             reader = store.Reader(plain, store.open_checkpoint(plain))
             for group, tensors in trainer.snapshots.weights_and_moments().items():
                 reader.fill(group, tensors)
         found = whole_state(trainer)
-        same = world.decide(lambda: same_state(read_whole(plain), found))
-        return failures + ([] if same else ["the plain run's checkpoint, read here, differs"])
+        read = self.world.decide(lambda: same_state(read_whole(plain), found))
+        right = {"its checkpoint, read whole, differs": written, "the plain run's checkpoint, read here, differs": read}
+        return [told for told, same in right.items() if not same]
 
     def _order(self, trainer: Trainer) -> list[str]:
         if self.world.size == 1:
