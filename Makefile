@@ -1,5 +1,6 @@
 # make demo            set up .venv and train a small LLaMA on this machine's Python library
 # make demo VENV=none  the same with the python at hand, installing nothing
+# make bench           tokens per second beside other frameworks (SMOKE=1: a few minutes, to see that it runs)
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= .ci/constraints.txt
@@ -9,11 +10,13 @@ RUN := $(PYTHON)
 INSTALLED :=
 TESTABLE :=
 DEVELOPABLE :=
+BENCHABLE :=
 else
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 TESTABLE := $(VENV)/.installed-test
 DEVELOPABLE := $(VENV)/.installed-dev
+BENCHABLE := $(VENV)/.installed-bench
 endif
 
 .PHONY: demo test test-all verify lint bench clean
@@ -35,9 +38,10 @@ lint: $(DEVELOPABLE)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-bench: $(INSTALLED)
-	$(RUN) -m tests.benchmarks.bench_loader
-	$(RUN) -m tests.benchmarks.bench_recompute
+bench: $(BENCHABLE)
+	$(RUN) -m tests.benchmarks.bench_loader $(if $(SMOKE),--repetitions 1 --shard-tokens 4000000 --tokens 4000000)
+	$(RUN) -m tests.benchmarks.bench_recompute $(if $(SMOKE),--repetitions 1)
+	$(RUN) -m tests.benchmarks.bench_peers $(if $(SMOKE),--smoke)
 
 clean:
 	rm -rf $(filter-out none,$(VENV)) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs/demo runs/demo-data
@@ -55,4 +59,8 @@ $(VENV)/.installed-test: $(VENV)/.installed
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(RUN) -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[dev]"
+	touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed
+	$(RUN) -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[bench]"
 	touch $@

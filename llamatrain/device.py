@@ -66,6 +66,12 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
 
 
+def finish(device: torch.device) -> None:
+    """Wait until the device has done all it was asked to; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def memory_gib(device: torch.device) -> float:
     """Peak memory so far: allocated on a CUDA device, resident of the process on CPU; GiB."""
     if device.type == "cuda":

@@ -35,6 +35,10 @@ from llamatrain.process import Process
 
 T = TypeVar("T")
 
+# by the names of torch 2.13, which warns of the earlier ones
+all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 # gloo's words for a peer that is gone
 PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Read error")
 LAST_WORDS_S = 10
@@ -255,6 +259,21 @@ def _allow_open_files() -> None:
     """Raise the limit as far as it goes: gloo takes two sockets for every other rank, and 1,024 is a usual limit."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def is_a_copy(tensor: Tensor) -> bool:
+    """Whether another rank has the same values and comes first: of copies, one is written and counted.
+
+    Raises ValueError for a sum that is not reduced yet.
+    """
+    if not isinstance(tensor, DTensor):
+        return False
+    if any(placement.is_partial() for placement in tensor.placements):
+        raise ValueError(f"a sum that is not reduced yet ({tensor.placements})")
+    coordinate = tensor.device_mesh.get_coordinate()
+    return coordinate is None or any(
+        place and placement.is_replicate() for place, placement in zip(coordinate, tensor.placements, strict=True)
+    )
 
 
 def local_part(tensor: Tensor) -> tuple[Tensor, list[int]]:

@@ -2,7 +2,8 @@
 
 What would end a run in its first hours (memory, disk, a rank that sees other files) ends this within minutes. The
 step is the heaviest there is: every sample one whole document, and two micro-batches, since gradients of the first
-are still held during the second. It happens in a directory of its own beside the run's, which is removed.
+are still held during the second; in a pipeline one more than it keeps in memory. It happens in a directory of its own
+beside the run's, which is removed.
 """
 
 import os
@@ -16,17 +17,16 @@ import torch
 from torch import Tensor
 
 from llamatrain import session
+from llamatrain.arithmetic import micro_batches_in_flight
 from llamatrain.config import RunConfig
 from llamatrain.data.loader import Batch
 from llamatrain.device import memory_gib, memory_total_gib
-from llamatrain.distributed import local_part
 from llamatrain.errors import CheckpointError
+from llamatrain.flat import local_boxes
 from llamatrain.observe.sinks import duration
 from llamatrain.process import this_process
 from llamatrain.resilience.control import StopRequest
 from llamatrain.trainer import Trainer
-
-MICRO_BATCHES = 2
 
 
 def run(config: RunConfig, stop: StopRequest) -> None:
@@ -55,7 +55,7 @@ def run(config: RunConfig, stop: StopRequest) -> None:
 def rehearse(trainer: Trainer) -> None:
     """One step, save, load; rank 0 prints what it took. Raises CheckpointError if another state comes back."""
     with trainer.open_loader() as loader:
-        batch = longest(next(loader))
+        batch = longest(next(loader), 1 + micro_batches_in_flight(trainer.config, trainer.world.size))
     began = time.perf_counter()
     loss, grad_norm = (value.item() for value in trainer.train_step(batch))
     step_s, memory = time.perf_counter() - began, memory_gib(trainer.device)
@@ -88,9 +88,9 @@ def rehearse(trainer: Trainer) -> None:
         )
 
 
-def longest(batch: Batch) -> Batch:
-    """The first micro-batches of a batch, each sample taken as one whole document."""
-    rows = min(len(batch.samples), MICRO_BATCHES * batch.micro_batch)
+def longest(batch: Batch, micro_batches: int) -> Batch:
+    """The first so many micro-batches of a batch, or all, each sample taken as one whole document."""
+    rows = min(len(batch.samples), micro_batches * batch.micro_batch)
     lengths = [[batch.seq_len] * batch.micro_batch] * (rows // batch.micro_batch)
     return replace(
         batch,
@@ -115,4 +115,4 @@ def wipe(trainer: Trainer) -> None:
 
 def _state(trainer: Trainer) -> list[Tensor]:
     groups = trainer.snapshots.weights_and_moments().values()
-    return [local_part(tensor.detach())[0] for tensors in groups for tensor in tensors.values()]
+    return [box for tensors in groups for tensor in tensors.values() for box, _ in local_boxes(tensor)]

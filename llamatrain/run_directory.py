@@ -6,6 +6,7 @@ status.json     how the run stands now; launch scripts decide from it
 metrics.jsonl   one line per logged step
 control/        a file `stop` or `save` put there asks for that
 logs/           what each rank had to say
+profile/        where the time of some steps went, if logging.profile_steps asked for it
 checkpoints/    step-00001234/ …
 lock            held by the process that works here
 """

@@ -18,11 +18,13 @@ import yaml
 
 from llamatrain.config import RunConfig
 from llamatrain.config.build import build
+from llamatrain.config.parallel import check_sharding
 from llamatrain.config.resume import differences, flatten, keep_auto_choices
 from llamatrain.device import check_torch, choose_device, choose_precision
 from llamatrain.distributed import World
 from llamatrain.errors import ConfigError, LlamatrainError, UnhealthyRun
-from llamatrain.model.attention import resolve_backend
+from llamatrain.model.attention_choice import resolve_backend
+from llamatrain.model.compilation import check_compile, resolve_compile
 from llamatrain.observe.rank_log import CONSOLE_FORMAT, RankLog
 from llamatrain.parallel.recompute import resolve_recompute
 from llamatrain.process import attempt_id, this_process, write_error_file
@@ -140,15 +142,17 @@ def settle(config: RunConfig, directory: RunDirectory, world: World) -> RunConfi
             log.info("%s was %s when the run started, is %s from here on%s", key, old, new, _consequence(key, config))
     with world.together():
         device = choose_device(config.train.device, setting="train.device", local_rank=world.process.local_rank)
-    train, model = config.train, config.model
+    train = config.train
     precision = choose_precision(train.precision, device)
     world.check_same("device", {"train.device": device.type, "train.precision": precision})
-    attention = world.decide(lambda: resolve_backend(model.attention, device))
-    config = replace(
-        config,
-        train=replace(train, device=device.type, precision=precision),
-        model=replace(model, attention=attention),
-    )
+    check_sharding(config.parallel, device=device.type, precision=precision)
+    compiled = world.decide(lambda: resolve_compile(train.compile, device))
+    with world.together():
+        if compiled:
+            check_compile(device)
+    config = replace(config, train=replace(train, device=device.type, precision=precision, compile=compiled))
+    attention = world.decide(lambda: resolve_backend(config, device))
+    config = replace(config, model=replace(config.model, attention=attention))
     recompute = world.decide(lambda: resolve_recompute(config, device, world.size))
     return replace(config, parallel=replace(config.parallel, recompute=recompute))
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llamatrain.arithmetic import parameter_shapes
 from llamatrain.checkpoint import commit, store
 from llamatrain.config import RunConfig
 from llamatrain.config.build import build
@@ -22,10 +23,13 @@ from llamatrain.data.order import DataState
 from llamatrain.data.sources import Source
 from llamatrain.distributed import World
 from llamatrain.errors import CheckpointError, ConfigError, DataError, UnhealthyRun
+from llamatrain.flat import FlatPart
 from llamatrain.optim.adamw import moment_tensors, set_step_count, step_count
 from llamatrain.run_directory import RunDirectory
 
 log = logging.getLogger("llamatrain")
+
+Names = dict[str, set[str]]  # of tensors, by group of the checkpoint
 
 
 @dataclass
@@ -34,7 +38,7 @@ class Snapshots:
 
     config: RunConfig
     directory: RunDirectory
-    parameters: dict[str, nn.Parameter]
+    parameters: dict[str, nn.Parameter | FlatPart]
     optimizer: torch.optim.AdamW
     sources: list[Source]
     environment: dict[str, Any]
@@ -55,7 +59,7 @@ class Snapshots:
             "optimizer": {"step": step_count(self.optimizer)},
             "guard": {},
         }
-        groups = {**self.weights_and_moments(), "rng": self._random_states()}
+        groups: store.TensorGroups = {**self.weights_and_moments(), "rng": self._random_states()}
         root = self.directory.checkpoints
         path = store.save(root, step, groups, content, world=self.world)
         self.directory.record("checkpoint", step=step, path=path.name)
@@ -72,13 +76,14 @@ class Snapshots:
         """
         root, world = self.directory.checkpoints, self.world
         refused: list[tuple[Path, str]] = []
+        names = self.names_everywhere()
         for name in world.decide(self._candidates):
             checkpoint = root / name
             try:
                 hashes = self.config.checkpoint.verify_hashes
                 manifest = store.open_checkpoint(checkpoint, hashes=hashes, world=world)
                 with world.together():
-                    restored = self._load(manifest, store.Reader(checkpoint, manifest))
+                    restored = self._load(manifest, store.Reader(checkpoint, manifest), names)
             except CheckpointError as error:
                 log.warning("passing over a checkpoint: %s", error)
                 refused.append((checkpoint, str(error)))
@@ -105,7 +110,7 @@ class Snapshots:
             aside = commit.set_aside(checkpoint)
             self.directory.record("refused", path=checkpoint.name, reason=reason, moved_to=aside.name)
 
-    def _load(self, manifest: commit.Manifest, reader: store.Reader) -> tuple[int, DataState]:
+    def _load(self, manifest: commit.Manifest, reader: store.Reader, names: Names) -> tuple[int, DataState]:
         try:
             step, updates = int(manifest["step"]), int(manifest["optimizer"]["step"])
             data_state = DataState.from_json(manifest["data"]["state"])
@@ -118,8 +123,7 @@ class Snapshots:
             differences(self.config, earlier)
         except ConfigError as error:
             raise CheckpointError(f"{reader.checkpoint}: it is of another run: {error}") from None
-        for group, tensors in self.weights_and_moments().items():
-            reader.fill(group, tensors)
+        self.fill(reader, names)
         self._check_data(identity)
         self._load_random_states(reader)
         set_step_count(self.optimizer, updates)
@@ -138,10 +142,30 @@ class Snapshots:
     def _data_identity(self) -> dict[str, str]:
         return {source.name: source.manifest.hash for source in self.sources}
 
-    def weights_and_moments(self) -> dict[str, dict[str, Tensor]]:
-        """What training changes, by group of the checkpoint; the tensors themselves, DTensors where sharded."""
+    def weights_and_moments(self) -> dict[str, dict[str, Tensor | FlatPart]]:
+        """What training changes, by group of the checkpoint; the tensors themselves, or what of them is here."""
         moments = moment_tensors(self.optimizer, self.parameters.items())
-        return {"model": dict(self.parameters), "optimizer": moments}
+        return {"model": {**self.parameters}, "optimizer": moments}
+
+    def names_everywhere(self) -> Names:
+        """Of each group, the tensors that some rank has; all ranks call it. Raises ValueError if the model has others.
+
+        A pipeline's stages must be the whole model between them: of what no rank has, no rank would notice the loss.
+        """
+        own = {group: set(tensors) for group, tensors in self.weights_and_moments().items()}
+        names = own
+        if layout(self.config.parallel, self.world.size).pp > 1:
+            shares = self.world.gather_to_leader(own)
+            names = self.world.decide(lambda: {group: set().union(*(s[group] for s in shares or ())) for group in own})
+        if names["model"] != parameter_shapes(self.config.model).keys():
+            lost = names["model"] ^ parameter_shapes(self.config.model).keys()
+            raise ValueError(f"the ranks have not between them the parameters of the model: {min(lost)}")
+        return names
+
+    def fill(self, reader: store.Reader, names: Names) -> None:
+        """Read what this rank has of weights and moments; `names` as all ranks together have them."""
+        for group, tensors in self.weights_and_moments().items():
+            reader.fill(group, tensors, everywhere=names[group])
 
     def _random_states(self) -> dict[str, Tensor]:
         states = {f"rank{self.world.rank:05d}.cpu": torch.get_rng_state()}

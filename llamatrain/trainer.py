@@ -1,21 +1,23 @@
 """Composes the parts of a training run, then one loop that reads like the recipe.
 
-Order of composition: data → model on meta → recompute → sharded → materialised → optimizer → initialised or loaded →
-loop. What a step does stands in `train_step`; what happens around it in `fit`. Every rank runs the same lines; rank 0
-alone writes, prints and decides. Before it, ranks meet and settings are settled: `llamatrain.session`.
+Order of composition: data → model on meta → its stage of a pipeline → tensor and context parallel → recompute →
+sharded → materialised → optimizer → initialised or loaded → loop. What a step does stands in `train_step`; what
+happens around it in `fit`. Every rank runs the same lines; rank 0 alone writes, prints and decides. Before it, ranks
+meet and settings are settled: `llamatrain.session`.
 """
 
 import logging
 import math
 import time
 from contextlib import ExitStack
+from datetime import timedelta
 from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch import Tensor, nn
 
+from llamatrain.arithmetic import micro_batches, parameter_count
 from llamatrain.checkpoint import commit
 from llamatrain.config import RunConfig
 from llamatrain.config.parallel import layout
@@ -33,17 +35,24 @@ from llamatrain.distributed import World
 from llamatrain.errors import UnhealthyRun
 from llamatrain.evaluation.validation import Validation
 from llamatrain.files import write_bytes_atomically
-from llamatrain.model.init import init_weights
+from llamatrain.flat import FlatPart
+from llamatrain.garbage import GarbageCollection
+from llamatrain.model.compilation import apply_compile
+from llamatrain.model.init import init_parameters
 from llamatrain.model.llama import Llama
-from llamatrain.model.loss import cross_entropy_sum
+from llamatrain.observe.profiler import Profiler, aside
 from llamatrain.observe.records import MetricsLog, Record
 from llamatrain.observe.sinks import Console, Sink, Wandb, duration
 from llamatrain.observe.throughput import Throughput
 from llamatrain.optim.adamw import build_adamw, set_learning_rate
+from llamatrain.optim.clipping import clip_gradients
 from llamatrain.optim.schedule import learning_rate
-from llamatrain.parallel import fsdp
-from llamatrain.parallel.mesh import build_mesh
+from llamatrain.parallel import fsdp, overlap
+from llamatrain.parallel.context import share_sequences
+from llamatrain.parallel.mesh import build_mesh, context_group, data_parallel_mesh
+from llamatrain.parallel.pipeline import OneStage, Pipeline, keep_stage
 from llamatrain.parallel.recompute import apply_recompute
+from llamatrain.parallel.tensor import share_layers
 from llamatrain.resilience.agreement import Agreement
 from llamatrain.resilience.control import SAVE_FILE, STOP_FILE, StopRequest
 from llamatrain.run_directory import (
@@ -70,6 +79,8 @@ class Trainer:
         self.config = config
         self.directory = directory
         self.world = world
+        self.layout = layout(config.parallel, world.size)
+        self.share = self.layout.share(world.rank)
         self.device = _current_device(config.train.device)
         torch.manual_seed(config.train.seed)  # nothing in training draws from it; checkpoints hold its state
         if config.train.deterministic:
@@ -78,8 +89,8 @@ class Trainer:
         with world.together():
             self.tokenizer, self.sources = self._open_data()
         world.check_same("data", {source.name: source.manifest.hash for source in self.sources})
-        self.model = self._build_model()
-        self.parameters = dict(self.model.named_parameters())  # the model's own change while they are gathered
+        self.model, self.passes = self._build_model()
+        self.parameters = self._find_parameters()  # the model's own change while they are gathered
         self.optimizer = build_adamw(self.parameters.items(), config.optim)
         self.snapshots = Snapshots(
             config, directory, self.parameters, self.optimizer, self.sources, environment, self.device, world
@@ -88,7 +99,7 @@ class Trainer:
         self.step, self.data_state = restored or (0, DataState.start(self._mixture()))
         self.saved_step = self.step if restored else None
         if restored is None:
-            init_weights(self.model, config.model, seed=config.train.seed)
+            init_parameters(self.parameters, config.model, seed=config.train.seed)
         self.order = SampleOrder(
             [source.name for source in self.sources],
             [source.windows for source in self.sources],
@@ -97,7 +108,7 @@ class Trainer:
         )
         self.agreement = Agreement(stop, directory, world)
         with world.together():
-            self.validation = Validation(config, self.sources, self.tokenizer, self.device, world)
+            self.validation = Validation(config, self.sources, self.tokenizer, self.device, world, self.layout)
         self.metrics, self.sinks = self._open_sinks(resources)
         self.validated_step = world.decide(lambda: self.metrics.validated_step if self.metrics else None)
         self.throughput = Throughput(config, device_name=device_name(self.device), world_size=world.size)
@@ -106,13 +117,14 @@ class Trainer:
 
     def describe(self) -> str:
         """One line for the log: on what the run is spread, and how."""
-        train, mesh = self.config.train, layout(self.config.parallel, self.world.size)
-        parameters = sum(parameter.numel() for parameter in self.parameters.values())
-        per_rank = self.config.global_batch // mesh.data_parallel // train.micro_batch
+        train, mesh = self.config.train, self.layout
+        spread = " x ".join(f"{axis} {size}" for axis, size in mesh.sizes().items() if size > 1 or axis == "dp_shard")
+        per_rank = micro_batches(self.config, self.world.size)
         return (
-            f"{parameters:,} parameters on {self.world.size} x {train.device} (dp_replicate {mesh.dp_replicate} x "
-            f"dp_shard {mesh.dp_shard}), {train.precision}, recompute {self.config.parallel.recompute}, attention "
+            f"{parameter_count(self.config.model):,} parameters on {self.world.size} x {train.device} ({spread}), "
+            f"{train.precision}, recompute {self.config.parallel.recompute}, attention "
             f"{self.config.model.attention}; a step is {per_rank} micro-batches of {train.micro_batch} on each"
+            f"{self.passes.remark(per_rank)}"
         )
 
     # ------------------------------------------------------------------ composition
@@ -157,16 +169,46 @@ class Trainer:
             environment=environment,
         )
 
-    def _build_model(self) -> Llama:
+    def _build_model(self) -> tuple[Llama, OneStage]:
+        """What this rank has of the model, and how micro-batches pass through it."""
         config, world = self.config, self.world
         with torch.device("meta"):
             model = Llama(config.model, compute_dtype=PRECISIONS[config.train.precision])
-        apply_recompute(model, config.parallel)
-        if world.size > 1:
-            fsdp.shard(model, build_mesh(layout(config.parallel, world.size), self.device), config.parallel)
+        if config.train.compile:
+            apply_compile(model)
+        if config.parallel.sharding == "fairscale":
+            from llamatrain.parallel import fairscale
+
+            apply_recompute(model, config.parallel)
+            model = fairscale.shard(model, self.device, config.parallel, world_size=world.size)
+            return model, OneStage(model, config.parallel)
+        if world.size == 1:
+            apply_recompute(model, config.parallel)
+        else:
+            mesh = build_mesh(self.layout, self.device)
+            if self.layout.pp > 1:
+                keep_stage(model, mesh["pp"])
+            if self.layout.tp > 1:
+                share_layers(model, mesh["tp"])
+            sequence_group = context_group(self.layout, timeout=timedelta(seconds=config.parallel.timeout_s))
+            if sequence_group is not None:
+                share_sequences(model, sequence_group)
+            apply_recompute(model, config.parallel)
+            fsdp.shard(model, data_parallel_mesh(mesh), config.parallel)
         model.to_empty(device=self.device)
         model.rebuild_rope_tables()
-        return model
+        if self.layout.pp == 1:
+            return model, OneStage(model, config.parallel)
+        tokens_shared_by = self.layout.cp * self.layout.tp
+        return model, Pipeline(model, config.parallel, mesh["pp"], tokens_shared_by=tokens_shared_by)
+
+    def _find_parameters(self) -> dict[str, nn.Parameter | FlatPart]:
+        """What this rank has of the parameters, by name."""
+        if self.config.parallel.sharding == "fairscale":
+            from llamatrain.parallel import fairscale
+
+            return {**fairscale.named_parameters(self.model)}
+        return dict(self.model.named_parameters())
 
     def _open_sinks(self, resources: ExitStack) -> tuple[MetricsLog | None, list[Sink]]:
         """Where records go; on rank 0 only."""
@@ -195,18 +237,28 @@ class Trainer:
         self._validate_if_due()
         if self._finished():
             return
+        overlap.tell(self.config, self.parameters, self.device, self.world)
         started, first = time.monotonic(), self.step
         self.agreement.post()
         self.throughput.lap()
-        with self.open_loader() as loader:
-            for batch in loader:
+        with (
+            self.open_loader() as loader,
+            GarbageCollection(self.config.train.collect_garbage_every_steps) as garbage,
+            self._profiler() as profiler,
+        ):
+            for batch in profiler.watched(loader):
                 loss, grad_norm = self.train_step(batch)
+                garbage.step_ended(self.step)
                 self.throughput.step_done(data_wait_s=batch.data_wait_s)
                 self._after_step(batch, loss, grad_norm)
                 if self._finished():
                     break
         self.agreement.close()
         log.info("%d steps in %s", self.step - first, duration(time.monotonic() - started))
+
+    def _profiler(self) -> Profiler:
+        settings, run_dir, pause = self.config.logging, self.directory.path, self.throughput.pause
+        return Profiler(settings, run_dir, step=self.step, world=self.world, device=self.device, pause=pause)
 
     def open_loader(self) -> Loader:
         """This rank's batches from the step reached on."""
@@ -218,8 +270,8 @@ class Trainer:
             seq_len=config.data.seq_len,
             global_batch=config.global_batch,
             micro_batch=config.train.micro_batch,
-            rank=self.world.rank,
-            world_size=self.world.size,
+            rank=self.share.data_rank,
+            world_size=self.layout.data_parallel,
             prefetch_steps=config.data.prefetch_steps,
             device=self.device,
             document_mask=config.data.document_mask,
@@ -232,9 +284,7 @@ class Trainer:
         """
         loss = self.accumulate_gradients(batch)
         clip_norm = self.config.optim.clip_norm or math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), clip_norm)
-        if isinstance(grad_norm, DTensor):
-            grad_norm = grad_norm.full_tensor()
+        grad_norm = clip_gradients(self.parameters.values(), clip_norm, self.world)
         self.step += 1
         set_learning_rate(self.optimizer, self._learning_rate())
         self.optimizer.step()
@@ -248,23 +298,16 @@ class Trainer:
         The loss is the sum over all targets divided by the number of valid ones in the whole batch, so it does
         not depend on how the batch is cut into micro-batches, or spread over ranks.
         """
-        loss = torch.zeros((), device=self.device)
-        valid_targets = self._valid_targets(batch)
-        micro_batches = list(batch.micro_batches())
-        for number, (inputs, targets, document_lengths) in enumerate(micro_batches, start=1):
-            fsdp.begin_micro_batch(self.model, self.config.parallel, last=number == len(micro_batches))
-            logits = self.model(inputs, doc_lengths=document_lengths)
-            micro_loss = cross_entropy_sum(logits, targets) / valid_targets
-            micro_loss.backward()
-            loss += micro_loss.detach()
-        return self.world.sum(loss)
+        loss = self.passes.accumulate(list(batch.micro_batches()), self._valid_targets(batch))
+        return self.world.sum(loss * self.share.has_loss)
 
     def _valid_targets(self, batch: Batch) -> int | Tensor:
         """Targets that carry loss in the whole step, over all ranks."""
         if not self.config.data.document_mask:
-            return batch.valid_targets * self.world.size
+            return batch.valid_targets * self.layout.data_parallel
         # filled, not copied, into the device: a copy from the host would wait for the step before
-        own = torch.full((), batch.valid_targets, dtype=torch.int64, device=self.device)
+        counted = batch.valid_targets * self.share.counts_targets
+        own = torch.full((), counted, dtype=torch.int64, device=self.device)
         return self.world.sum(own)
 
     def _learning_rate(self) -> float:
@@ -325,7 +368,8 @@ class Trainer:
         self.directory.heartbeat(self.step, phase=SAVING)
         if self.metrics is not None:
             self.metrics.sync()
-        self.snapshots.save(self.step, self.data_state)
+        with aside():
+            self.snapshots.save(self.step, self.data_state)
         self.saved_step = self.step
         seconds = time.perf_counter() - started
         self.throughput.pause(seconds)
@@ -362,8 +406,9 @@ class Trainer:
         if not self._validation_due():
             return
         started = time.perf_counter()
-        record = self.validation.evaluate(self.model, keep_going=self._keep_validating)
-        fsdp.free_gathered(self.model)
+        with aside():
+            record = self.validation.evaluate(self.model, self.passes.loss, keep_going=self._keep_validating)
+            fsdp.free_gathered(self.model)
         if record is not None:
             self._log(record)
             self.validated_step = self.step

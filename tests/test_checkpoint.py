@@ -120,7 +120,7 @@ def test_a_box_of_a_tensor_is_assembled_from_any_chunks(
     (top, bottom), (left, right) = (sorted(data.draw(st.tuples(*[st.integers(0, n)] * 2))) for n in (rows, columns))
     here = torch.zeros_like(tensor)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store, "local_part", lambda whole: (whole[top:bottom, left:right], [top, left]))
+        patch.setattr(store, "local_boxes", lambda whole: [(whole[top:bottom, left:right], [top, left])])
         read_simple(checkpoint, weight=here)
     expected = torch.zeros_like(tensor)
     expected[top:bottom, left:right] = tensor[top:bottom, left:right]

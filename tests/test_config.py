@@ -154,7 +154,11 @@ def test_what_is_not_said_of_the_mesh_is_sharded(
         ({"dp_replicate": 3}, 8, "parallel.dp_replicate=3 makes 3 ranks, there are 8: the nearest that works is "
          "parallel.dp_replicate=2 parallel.dp_shard=4"),
         ({"dp_shard": 4}, 6, "parallel.dp_shard=4 makes 4 ranks, there are 6: the nearest that works is "
-         "parallel.dp_replicate=2 parallel.dp_shard=3"),
+         "parallel.dp_shard=6"),
+        ({"tp": 3}, 8, "parallel.tp=3 makes 3 ranks, there are 8: the nearest that works is parallel.dp_shard=4 "
+         "parallel.tp=2"),
+        ({"pp": 2, "cp": 5, "tp": 2}, 16, "parallel.pp=2 x parallel.cp=5 x parallel.tp=2 makes 20 ranks, there are "
+         "16: the nearest that works is parallel.pp=2 parallel.cp=4 parallel.tp=2"),
         ({"dp_replicate": 2, "dp_shard": 8}, 8, "parallel.dp_replicate=2 x parallel.dp_shard=8 makes 16 ranks, there "
          "are 8: the nearest that works is parallel.dp_replicate=1 parallel.dp_shard=8"),
     ],

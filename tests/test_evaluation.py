@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamatrain.config import RunConfig
+from llamatrain.config.parallel import Layout
 from llamatrain.data.loader import IGNORE_INDEX
 from llamatrain.data.shards import open_tokens, read_manifest
 from llamatrain.data.sources import open_sources
@@ -43,9 +44,10 @@ def model_for(config: RunConfig) -> Llama:
 
 def validation(config: RunConfig, tokenizer: Path) -> Validation:
     sources = open_sources(config.data, vocab_size=None)
-    return Validation(config, sources, Tokenizer(tokenizer), torch.device("cpu"), World())
+    return Validation(config, sources, Tokenizer(tokenizer), torch.device("cpu"), World(), Layout())
 
 
+@settings(deadline=None)
 @given(seq_len=st.integers(1, 70), max_tokens=st.none() | st.integers(1, 400))
 def test_every_token_is_a_target_once(
     sources: dict[str, Path], tiny_tokenizer: Path, seq_len: int, max_tokens: int | None

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llamatrain.arithmetic import activation_bytes_per_token_layer, training_memory
 from llamatrain.config import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from llamatrain.config.build import build as build_config
 from llamatrain.config.parallel import LINEARS, RECOMPUTE, SAVABLE, check_parallel
 from llamatrain.config.resume import keep_auto_choices
 from llamatrain.errors import ConfigError
+from llamatrain.memory import activation_bytes_per_token_layer, training_memory
 from llamatrain.model.llama import KVCache, Llama
-from llamatrain.model.loss import cross_entropy_sum
 from llamatrain.parallel import recompute as recompute_module
 from llamatrain.parallel.recompute import apply_recompute, is_fused_attention, resolve_recompute
 from tests.benchmarks.bench_recompute import (
@@ -126,11 +125,22 @@ def test_a_layer_keeps_what_its_formula_says(dtype: torch.dtype, mode: str, save
     assert kept == pytest.approx(formula, rel=0.005)  # 5 % is what was asked for
 
 
+@pytest.mark.parametrize(("kv_heads", "dtype"), [(8, torch.float32), (8, torch.bfloat16), (2, torch.bfloat16)])
+@pytest.mark.parametrize("mode", RECOMPUTE)
+def test_compiled_a_layer_keeps_what_its_formula_says(mode: str, kv_heads: int, dtype: torch.dtype) -> None:
+    shape = replace(SHAPE, dim=256, n_kv_heads=kv_heads, max_seq_len=128)
+    kept = kept_per_token_layer(shape, mode, tokens=some_tokens(2, 128), dtype=dtype, compiled=True)
+    formula = activation_bytes_per_token_layer(shape, mode, bytes_per_element=dtype.itemsize, compiled=True)
+    assert kept == pytest.approx(formula, rel=0.005)
+
+
 def test_formulas_are_those_of_the_paper_and_the_literature() -> None:
     model = preset("65b")
     d, f, a = model.dim, model.ffn_width, model.n_heads
     in_bf16 = {mode: activation_bytes_per_token_layer(model, mode, bytes_per_element=2) for mode in RECOMPUTE}
     assert in_bf16["none"] == 24 * d + 8 * f + 4 * a + 8 == 373_000
+    compiled = activation_bytes_per_token_layer(model, "none", bytes_per_element=2, compiled=True)
+    assert compiled == 16 * d + 6 * f + 4 * a + 8
     assert in_bf16["block_backward"] == 12 * d + 4 * f + 4 * a + 8
     assert in_bf16["selective"] == 12 * d + 4 * f + 4 * a
     assert in_bf16["full"] == 2 * d
@@ -168,7 +178,7 @@ class Operations(TorchDispatchMode):
 def in_backward(mode: str, save: Sequence[str] = SAVABLE, layers: int = 3) -> Counter[str]:
     model = tiny(n_layers=layers)
     apply_recompute(model, ParallelConfig(recompute=mode, recompute_save=list(save)))
-    loss = cross_entropy_sum(model(some_tokens(2, 16)), some_tokens(2, 16, seed=1))
+    loss = model(some_tokens(2, 16), targets=some_tokens(2, 16, seed=1))
     with Operations() as operations:
         loss.backward()
     return operations.counts
@@ -387,6 +397,6 @@ def test_what_is_not_resolved_is_not_applied() -> None:
 def test_nothing_is_left_after_the_backward(mode: str) -> None:
     model, tokens = build(replace(SHAPE, dim=64, max_seq_len=64), mode), some_tokens(2, 64)
     with LiveBytes([*model.parameters(), *model.buffers(), tokens]) as live:
-        cross_entropy_sum(model(tokens), tokens).backward()
+        model(tokens, targets=tokens).backward()
         gradients: list[Tensor] = [p.grad for p in model.parameters() if p.grad is not None]
         assert live.now() == sum(gradient.untyped_storage().nbytes() for gradient in gradients)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -232,12 +233,12 @@ def test_a_stop_breaks_validation_off_and_the_resumed_run_begins_with_it(
     stop, started = StopRequest(), 0
     evaluate = Validation.evaluate
 
-    def interrupted(self: Validation, model: Llama, *, keep_going: Callable[[], bool]) -> Record | None:
+    def interrupted(self: Validation, model: Llama, *args: Any, keep_going: Callable[[], bool]) -> Record | None:
         nonlocal started
         started += 1
         if started == stop_in_validation:
             stop.reason = "SIGTERM"
-        return evaluate(self, model, keep_going=keep_going)
+        return evaluate(self, model, *args, keep_going=keep_going)
 
     monkeypatch.setattr(Validation, "evaluate", interrupted)
     run(small_config(tmp_path, sources), stop)

@@ -2,13 +2,15 @@
 
 A tensor is stored as chunks, boxes of its global shape. A rank writes the boxes it has in memory, into one file for
 each group of tensors (`model`, `optimizer`, `rng`), so that who wants the weights reads nothing else. Chunk
-`[rank, offset, shape]` of tensor `name` is the entry `name` of `{group}.rank{rank:05d}.safetensors`; the manifest
-lists them all. So the reader need not know how many ranks wrote, nor how the tensors were cut: it copies from every
-chunk what falls into its own box, after the ranks have proved together that the chunks cover every tensor whole.
+`[rank, offset, shape]` of tensor `name` is the entry `name` of `{group}.rank{rank:05d}.safetensors`, a second one of
+the same rank `name#1`, and so on; the manifest lists them all. So the reader need not know how many ranks wrote, nor
+how the tensors were cut: it copies from every chunk what falls into its own boxes, after the ranks have proved
+together that the chunks cover every tensor whole.
 """
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -20,27 +22,32 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from llamatrain.checkpoint import commit
+from llamatrain.checkpoint.boxes import cover, is_chunk
 from llamatrain.checkpoint.commit import Manifest
 from llamatrain.config import ModelConfig
 from llamatrain.config.build import build
-from llamatrain.distributed import World, local_part
+from llamatrain.distributed import World, is_a_copy
 from llamatrain.errors import CheckpointError, ConfigError, DataError
-from llamatrain.model.attention import resolve_backend
+from llamatrain.flat import FlatPart, local_boxes
 from llamatrain.model.llama import Llama
 from llamatrain.tokenizer import TOKENIZER_FILE, Tokenizer
 
-TensorGroups = Mapping[str, Mapping[str, Tensor]]
-Boxes = dict[str, dict[str, tuple[Tensor, list[int]]]]  # group, name: memory and where it begins
-Entries = dict[str, dict[str, tuple[str, list[int], list[int], list[int]]]]  # see _entries
+TensorGroups = Mapping[str, Mapping[str, Tensor | FlatPart]]
+Boxes = dict[str, dict[str, list[tuple[Tensor, list[int]]]]]  # group, name: memory and where it begins
+Entries = dict[str, dict[str, tuple[str, list[int], list[tuple[list[int], list[int]]]]]]  # see _entries
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.uint8)}
 
 
 def file_name(group: str, rank: int) -> str:
     """The file in which `rank` has its chunks of `group`."""
     return f"{group}.rank{rank:05d}.safetensors"
+
+
+def entry_name(name: str, number: int) -> str:
+    """The key of a rank's chunk `number` of a tensor, in the order of the manifest, in the rank's file."""
+    return f"{name}#{number}" if number else name
 
 
 # ---------------------------------------------------------------------- writing
@@ -94,22 +101,18 @@ def _refusing(temporary: Path, step: int, rank: int) -> Iterator[None]:
         ) from error
 
 
-def _own_boxes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, list[int]]]:
+def _own_boxes(tensors: Mapping[str, Tensor | FlatPart]) -> dict[str, list[tuple[Tensor, list[int]]]]:
     """What this rank writes of each tensor, if anything."""
     boxes = {}
     for name, tensor in tensors.items():
-        if isinstance(tensor, DTensor):
-            if any(placement.is_partial() for placement in tensor.placements):
-                raise ValueError(f"{name} is a sum that is not reduced yet ({tensor.placements}): it cannot be stored")
-            coordinate = tensor.device_mesh.get_coordinate()
-            if coordinate is None or any(
-                place and placement.is_replicate()
-                for place, placement in zip(coordinate, tensor.placements, strict=True)
-            ):
+        try:
+            if isinstance(tensor, Tensor) and is_a_copy(tensor):
                 continue
-        local, offset = local_part(tensor.detach())
-        if local.numel() or not tensor.numel():
-            boxes[name] = local, offset
+        except ValueError as error:
+            raise ValueError(f"{name} is {error}: it cannot be stored") from None
+        own = [box for box in local_boxes(tensor) if box[0].numel() or not prod(tensor.shape)]
+        if own:
+            boxes[name] = own
     return boxes
 
 
@@ -119,17 +122,22 @@ def _write(directory: Path, boxes: Boxes, rank: int) -> dict[str, commit.FileEnt
     for group, own in boxes.items():
         if own:
             path = directory / file_name(group, rank)
-            save_file({name: local.cpu().contiguous() for name, (local, _) in own.items()}, path)
+            entries = ((entry_name(name, n), box) for name, parts in own.items() for n, (box, _) in enumerate(parts))
+            save_file({key: box.cpu().contiguous() for key, box in entries}, path)
             files[path.name] = commit.seal(path)
     return files
 
 
 def _entries(groups: TensorGroups, boxes: Boxes) -> Entries:
-    """Of each box of this rank: dtype and shape of the whole tensor, offset and shape of the box."""
+    """Of each tensor that this rank has boxes of: dtype, shape of the whole; offset and shape of each box."""
     return {
         group: {
-            name: (_dtype_name(local.dtype), list(groups[group][name].shape), offset, list(local.shape))
-            for name, (local, offset) in own.items()
+            name: (
+                _dtype_name(groups[group][name].dtype),
+                list(groups[group][name].shape),
+                [(offset, list(box.shape)) for box, offset in parts],
+            )
+            for name, parts in own.items()
         }
         for group, own in boxes.items()
     }
@@ -148,9 +156,9 @@ def _merge(temporary: Path, shares: Sequence[Entries]) -> dict[str, dict[str, An
     for rank, entries in enumerate(shares):
         for group, own in entries.items():
             merged = tensors.setdefault(group, {})
-            for name, (dtype, shape, offset, extent) in own.items():
+            for name, (dtype, shape, parts) in own.items():
                 entry = merged.setdefault(name, {"dtype": dtype, "shape": shape, "chunks": []})
-                entry["chunks"].append([rank, offset, extent])
+                entry["chunks"] += [[rank, offset, extent] for offset, extent in parts]
     for merged in tensors.values():
         for name, entry in merged.items():
             written = sum(prod(extent) for _, _, extent in entry["chunks"])
@@ -221,52 +229,13 @@ def _check_entry(checkpoint: Path, group: str, name: str, entry: Any, files: Map
         possible = chunks is None and bool(shape) and all(type(n) is int and n >= 1 for n in (entry["rows"], *shape))
         possible = possible and shape[0] <= entry["rows"] * len(files)  # a file a chunk: not more than can be listed
         chunks = list(chunks_of(entry)) if possible else None
-    if not (isinstance(chunks, list) and all(_is_chunk(chunk, shape) for chunk in chunks) and _cover(shape, chunks)):
+    if not (isinstance(chunks, list) and all(is_chunk(chunk, shape) for chunk in chunks) and cover(shape, chunks)):
         raise CheckpointError(f"{checkpoint}: the chunks of {name} do not cover it whole")
     for rank in {rank for rank, _, _ in chunks}:
         if file_name(group, rank) not in files:
             raise CheckpointError(
                 f"{checkpoint}: {name} lies in {file_name(group, rank)}, which the manifest does not list"
             )
-
-
-def _is_chunk(chunk: Any, shape: list[Any]) -> bool:
-    """Whether this is `[rank, offset, shape]`, a box inside a tensor of `shape`, which is itself one."""
-    if not (isinstance(chunk, list) and len(chunk) == 3):
-        return False
-    rank, offset, extent = chunk
-    return (
-        type(rank) is int
-        and rank >= 0
-        and isinstance(offset, list)
-        and isinstance(extent, list)
-        and len(offset) == len(extent) == len(shape)
-        and all(
-            type(o) is type(n) is type(s) is int and o >= 0 and n >= 0 and o + n <= s
-            for o, n, s in zip(offset, extent, shape, strict=True)
-        )
-    )
-
-
-def _cover(shape: list[int], chunks: Sequence[Any]) -> bool:
-    """Boxes inside the tensor that do not overlap and have its volume leave nothing out."""
-    if not chunks:  # then nobody has looked at the shape
-        return False
-    return sum(prod(extent) for _, _, extent in chunks) == prod(shape) and not _overlap(chunks)
-
-
-def _overlap(chunks: Sequence[Any]) -> bool:
-    """Whether two boxes share a place; those that cannot meet along the first dimension are not compared."""
-    boxes = sorted([(o, o + n) for o, n in zip(offset, extent, strict=True)] for _, offset, extent in chunks)
-    if not boxes[0]:
-        return len(boxes) > 1  # scalars
-    open_boxes: list[list[tuple[int, int]]] = []
-    for box in boxes:
-        open_boxes = [other for other in open_boxes if other[0][1] > box[0][0]]
-        if any(all(a < d and c < b for (a, b), (c, d) in zip(box, other, strict=True)) for other in open_boxes):
-            return True
-        open_boxes.append(box)
-    return False
 
 
 class Reader:
@@ -279,14 +248,23 @@ class Reader:
     def names(self, group: str) -> set[str]:
         return set(self._groups.get(group, ()))
 
-    def fill(self, group: str, targets: Mapping[str, Tensor], *, partly: bool = False) -> None:
-        """Fill every tensor of `targets` in place, and of a DTensor the part that is here. Raises CheckpointError.
+    def fill(
+        self,
+        group: str,
+        targets: Mapping[str, Tensor | FlatPart],
+        *,
+        everywhere: Set[str] | None = None,
+        partly: bool = False,
+    ) -> None:
+        """Fill every tensor of `targets` in place, and of a spread one the part that is here. Raises CheckpointError.
 
-        Shapes (of DTensors the global ones) and dtypes must be exactly those of the checkpoint, and so must the
-        names, unless only a part of the group is wanted.
+        Shapes (of spread tensors the global ones) and dtypes must be exactly those of the checkpoint, and so must the
+        names, unless only a part of the group is wanted. `everywhere`: the names that all ranks together fill, where
+        this one has not all.
         """
-        entries, missing = self._groups.get(group, {}), sorted(targets.keys() - self.names(group))
-        extra = [] if partly else sorted(self.names(group) - targets.keys())
+        entries, wanted = self._groups.get(group, {}), targets.keys() | (everywhere or set())
+        missing = sorted(wanted - self.names(group))
+        extra = [] if partly else sorted(self.names(group) - wanted)
         if missing or extra:
             raise CheckpointError(
                 f"{self.checkpoint}: it is of another model: "
@@ -302,29 +280,31 @@ class Reader:
         self._copychunks_of(group, targets)
 
     @torch.no_grad()
-    def _copychunks_of(self, group: str, targets: Mapping[str, Tensor]) -> None:
+    def _copychunks_of(self, group: str, targets: Mapping[str, Tensor | FlatPart]) -> None:
         by_rank: dict[int, list[tuple[str, list[int], list[int], _Part]]] = {}
         for name, target in targets.items():
-            part = _Part(*local_part(target.detach()))
-            if part.empty:
-                continue
-            rows = (part.begin[0], part.end[0]) if part.begin else ()
+            parts = [part for part in (_Part(*box) for box in local_boxes(target)) if not part.empty]
+            rows = (parts[0].begin[0], parts[-1].end[0]) if parts and parts[0].begin else ()
+            found = Counter[int]()  # chunks by rank
             for rank, offset, extent in chunks_of(self._groups[group][name], *rows):
-                if part.meets(offset, extent):
-                    by_rank.setdefault(rank, []).append((name, offset, extent, part))
+                key = entry_name(name, found[rank])
+                found[rank] += 1
+                for part in parts:
+                    if part.meets(offset, extent):
+                        by_rank.setdefault(rank, []).append((key, offset, extent, part))
         for rank, chunks in by_rank.items():
             path = self.checkpoint / file_name(group, rank)
             try:
                 with safe_open(path, framework="pt") as stored:
-                    for name, offset, extent, part in chunks:
-                        if not part.read(stored, name, offset, extent):
-                            raise CheckpointError(f"{path}: {name} is not the chunk that the manifest describes")
+                    for key, offset, extent, part in chunks:
+                        if not part.read(stored, key, offset, extent):
+                            raise CheckpointError(f"{path}: {key} is not the chunk that the manifest describes")
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"{path}: cannot be read ({error})") from None
 
 
 class _Part:
-    """The box of a target that is in this rank's memory."""
+    """A box of a target that is in this rank's memory."""
 
     def __init__(self, memory: Tensor, begin: list[int]) -> None:
         self.memory, self.begin = memory, begin
@@ -372,14 +352,14 @@ def load_model_for_inference(
 ) -> tuple[Llama, Tokenizer]:
     """The weights of a checkpoint (or of the newest in a run directory) as a model in evaluation mode.
 
-    The attention backend is chosen for this device, whatever the run was trained with.
+    Attention is torch's own, which runs on every device, whatever the run was trained with.
 
     Returns the model and the run's tokenizer. Raises CheckpointError, and DataError for another tokenizer.
     """
     checkpoint = find_checkpoint(Path(path))
     manifest = open_checkpoint(checkpoint, groups=["model"])
     try:
-        config = replace(build(ModelConfig, manifest["model"]), attention=resolve_backend("auto", device))
+        config = replace(build(ModelConfig, manifest["model"]), attention="sdpa")
         tokenizer_sha256 = str(manifest["tokenizer_sha256"])
     except (ConfigError, KeyError, TypeError) as error:
         raise CheckpointError(f"{checkpoint}: the manifest's model cannot be built ({error})") from None

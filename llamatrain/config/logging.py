@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from llamatrain.errors import ConfigError
 
 WANDB_MODES = ("off", "offline", "online")
+PROFILE_TRACES = ("rank0", "all")
 
 
 @dataclass
@@ -13,6 +14,9 @@ class LoggingConfig:
     wandb: str = "off"  # off | offline | online
     wandb_project: str = "llamatrain"
     wandb_entity: str | None = None
+    profile_steps: int = 0  # how many to profile (0: none), each time the run starts; into profile/ of the run's folder
+    profile_after_steps: int = 10  # steps of this start before them: compilation and first allocations are over
+    profile_traces: str = "rank0"  # rank0 | all: whose trace files are written; every rank is summarised
 
 
 def check_logging(logging: LoggingConfig) -> None:
@@ -21,3 +25,12 @@ def check_logging(logging: LoggingConfig) -> None:
         raise ConfigError(f"logging.every_steps={logging.every_steps}: must be at least 1")
     if logging.wandb not in WANDB_MODES:
         raise ConfigError(f"logging.wandb={logging.wandb}: choose one of {', '.join(WANDB_MODES)}")
+    if logging.profile_steps < 0:
+        raise ConfigError(f"logging.profile_steps={logging.profile_steps}: must not be negative; 0 profiles nothing")
+    if logging.profile_after_steps < 1:
+        raise ConfigError(
+            f"logging.profile_after_steps={logging.profile_after_steps}: must be at least 1, in which the profiler "
+            "itself warms up"
+        )
+    if logging.profile_traces not in PROFILE_TRACES:
+        raise ConfigError(f"logging.profile_traces={logging.profile_traces}: choose one of {', '.join(PROFILE_TRACES)}")

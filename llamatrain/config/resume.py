@@ -11,7 +11,13 @@ from typing import Any
 from llamatrain.config.run import RunConfig
 from llamatrain.errors import ConfigError
 
-AUTO_FIELDS = (("train", "device"), ("train", "precision"), ("model", "attention"), ("parallel", "recompute"))
+AUTO_FIELDS = (  # auto, or null, leaves it to the program
+    ("train", "device"),
+    ("train", "precision"),
+    ("train", "compile"),
+    ("model", "attention"),
+    ("parallel", "recompute"),
+)
 STRUCTURAL_GROUPS = ("model",)
 NOT_STRUCTURAL = ("model.attention",)
 STRUCTURAL = ("data.seq_len", "data.seed", "data.document_mask", "train.seed", "train.global_batch_tokens")
@@ -32,9 +38,9 @@ def is_structural(key: str) -> bool:
 
 
 def keep_auto_choices(config: RunConfig, earlier: RunConfig) -> RunConfig:
-    """`config` with what it leaves to `auto` set as at the run's start."""
+    """`config` with what it leaves to the program set as at the run's start."""
     for group, name in AUTO_FIELDS:
-        if getattr(getattr(config, group), name) == "auto":
+        if getattr(getattr(config, group), name) in ("auto", None):
             chosen = getattr(getattr(earlier, group), name)
             config = replace(config, **{group: replace(getattr(config, group), **{name: chosen})})
     return config

@@ -18,6 +18,8 @@ class TrainConfig:
     precision: str = "auto"  # compute in bf16 | fp32 (weights are fp32); auto: bf16 on CUDA, fp32 on CPU
     device: str = "auto"  # auto | cpu | cuda
     deterministic: bool = False  # bitwise repeatable on CUDA too, slower; on CPU it always is
+    compile: bool | None = None  # elementwise operations by torch.compile, for training; null: on CUDA yes, on CPU no
+    collect_garbage_every_steps: int = 50  # Python's garbage, by all ranks at the same steps; 0: as Python sees fit
     stop_after_step: int | None = None  # save and leave after this step; the schedule does not change
     max_starts_without_progress: int = 10  # so many starts that came to no checkpoint, and a person has to look
     dry_run: bool = False  # build at full shape, one step, save, load, say how much memory it took, and leave
@@ -38,6 +40,11 @@ def check_train(train: TrainConfig) -> None:
         value = getattr(train, name)
         if value is not None and value < 1:
             raise ConfigError(f"train.{name}={value}: must be at least 1")
+    if train.collect_garbage_every_steps < 0:
+        raise ConfigError(
+            f"train.collect_garbage_every_steps={train.collect_garbage_every_steps}: must not be negative; 0 leaves it "
+            "to Python"
+        )
     if not 0 <= train.seed < 2**63:
         raise ConfigError(f"train.seed={train.seed}: must lie in [0, 2^63)")
     if train.precision not in PRECISIONS:

@@ -22,19 +22,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llamatrain.config import RunConfig
+from llamatrain.config.parallel import Layout
 from llamatrain.data.loader import IGNORE_INDEX, document_pieces
 from llamatrain.data.shards import Manifest, ShardInfo, check_sizes, open_document_starts, open_tokens
 from llamatrain.data.sources import Source
 from llamatrain.distributed import World
 from llamatrain.errors import DataError
 from llamatrain.model.llama import Llama
-from llamatrain.model.loss import cross_entropy_sum
 from llamatrain.observe.records import Record
 from llamatrain.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
 SPLIT = "validation"
+Forward = Callable[..., Tensor]  # the sum of losses of (inputs, targets=, doc_lengths=), as Llama gives it
 
 
 @dataclass
@@ -121,7 +122,13 @@ class Validation:
     """The validation splits of a run's sources. Raises DataError if validation is asked for and there is none."""
 
     def __init__(
-        self, config: RunConfig, sources: list[Source], tokenizer: Tokenizer, device: torch.device, world: World
+        self,
+        config: RunConfig,
+        sources: list[Source],
+        tokenizer: Tokenizer,
+        device: torch.device,
+        world: World,
+        layout: Layout,
     ) -> None:
         self._settings = config.evaluation
         self._seq_len = config.data.seq_len
@@ -129,6 +136,7 @@ class Validation:
         self._bytes_per_token = tokenizer.bytes_per_token
         self._device = device
         self._world = world
+        self._ranks, self._share = layout.data_parallel, layout.share(world.rank)
         self._manifests = {source.name: source.manifest for source in sources if source.manifest.tokens(SPLIT) > 1}
         if not self._settings.every_steps:
             return
@@ -142,17 +150,20 @@ class Validation:
                 "validation_fraction above 0, or set evaluation.every_steps=0"
             )
 
-    def evaluate(self, model: Llama, *, keep_going: Callable[[], bool] = lambda: True) -> Record | None:
+    def evaluate(
+        self, model: Llama, forward: Forward | None = None, *, keep_going: Callable[[], bool] = lambda: True
+    ) -> Record | None:
         """`eval/validation.<source>/…` of every source, and `eval/validation/…` over all their targets.
 
-        Every rank calls it, and has the same record. None if `keep_going`, asked before every round of batches, says
-        no; it must say the same on all ranks.
+        Every rank calls it, and has the same record. `forward` is called in the model's place, where that is one stage
+        of several. None if `keep_going`, asked before every round of batches, says no; it must say the same on all
+        ranks.
         """
         record: Record = {}
         pooled = Tally()
         model.eval()
         for name, manifest in self._manifests.items():
-            tally = self._tally(model, name, manifest, keep_going)
+            tally = self._tally(forward or model, name, manifest, keep_going)
             if tally is None:
                 break
             record.update(tally.metrics(f"validation.{name}"))
@@ -163,15 +174,15 @@ class Validation:
         return record if "eval/validation/loss" in record else None
 
     @torch.no_grad()
-    def _tally(self, model: Llama, name: str, manifest: Manifest, keep_going: Callable[[], bool]) -> Tally | None:
+    def _tally(self, forward: Forward, name: str, manifest: Manifest, keep_going: Callable[[], bool]) -> Tally | None:
         loss = torch.zeros((), dtype=torch.float64, device=self._device)
         occurrences, text_bytes = np.zeros(len(self._bytes_per_token), np.int64), 0
         coming = places(manifest, seq_len=self._seq_len, max_tokens=self._settings.max_tokens)
         total = min(manifest.tokens(SPLIT) - 1, self._settings.max_tokens or manifest.tokens(SPLIT))
         share = self._settings.micro_batch
-        first = self._world.rank * share
+        first = self._share.data_rank * share
         with tqdm(total=total, desc=f"validating {name}", unit="tok", leave=False, disable=None) as bar:
-            while found := list(islice(coming, share * self._world.size)):
+            while found := list(islice(coming, share * self._ranks)):
                 if not keep_going():
                     return None
                 batch = list(
@@ -183,23 +194,24 @@ class Validation:
                         bytes_per_token=self._bytes_per_token,
                     )
                 )
-                loss += self._loss(model, batch or [_nothing(self._seq_len)])
+                loss += self._loss(forward, batch or [_nothing(self._seq_len)])
                 for window in batch:
                     valid = window.targets[window.targets != IGNORE_INDEX]
                     occurrences += np.bincount(valid, minlength=len(occurrences))
                     text_bytes += window.text_bytes
                 bar.update(sum(place.targets for place in found))
-        counts = self._world.sum(torch.from_numpy(np.append(occurrences, text_bytes)).to(self._device)).tolist()
+        counted = np.append(occurrences, text_bytes) * self._share.counts_targets
+        counts = self._world.sum(torch.from_numpy(counted).to(self._device)).tolist()
         occurrences = np.array(counts[:-1], np.int64)
-        return Tally(self._world.sum(loss).item(), int(occurrences.sum()), counts[-1], occurrences)
+        loss = self._world.sum(loss * self._share.has_loss)
+        return Tally(loss.item(), int(occurrences.sum()), counts[-1], occurrences)
 
-    def _loss(self, model: Llama, batch: list[Window]) -> Tensor:
+    def _loss(self, forward: Forward, batch: list[Window]) -> Tensor:
         """Sum of the token losses of some windows."""
         inputs = torch.from_numpy(np.stack([window.inputs for window in batch])).to(self._device)
         targets = torch.from_numpy(np.stack([window.targets for window in batch])).to(self._device)
         lengths = [n for window in batch for n in window.document_lengths]
-        logits = model(inputs, doc_lengths=lengths if self._document_mask else None)
-        return cross_entropy_sum(logits, targets)
+        return forward(inputs, targets=targets, doc_lengths=lengths if self._document_mask else None)
 
 
 def _nothing(seq_len: int) -> Window:

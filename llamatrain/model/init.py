@@ -8,15 +8,15 @@ no rank waits for another.
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from llamatrain.config.model import ModelConfig
-from llamatrain.distributed import local_part
+from llamatrain.flat import FlatPart, local_boxes
 
-WRAPPERS = frozenset(("_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module", "module"))
+WRAPPERS = frozenset(("_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "module"))
 CHUNK = 1 << 20  # numbers drawn at a time: bounds the int64 and float64 temporaries to some tens of MB
 
 
@@ -26,14 +26,18 @@ def init_weights(model: nn.Module, config: ModelConfig, *, seed: int) -> None:
     Normal(0, init_std); wo and w2, which write into the residual stream, times 1/sqrt(2*n_layers) if
     init_depth_scaled; norms 1. Bit-equal for every sharding on one kind of device.
     """
-    for wrapped_name, parameter in model.named_parameters():
-        name = canonical_name(wrapped_name)
-        local, offset = local_part(parameter.detach())
-        if name.endswith("norm.weight"):
-            local.fill_(1.0)
-        else:
-            std = _standard_deviation(name, config)
-            fill_normal(local, key=stream_key(seed, name), shape=parameter.shape, offset=offset, std=std)
+    init_parameters({canonical_name(name): p for name, p in model.named_parameters()}, config, seed=seed)
+
+
+def init_parameters(parameters: Mapping[str, Tensor | FlatPart], config: ModelConfig, *, seed: int) -> None:
+    """`init_weights` of parameters by their names, or of what this rank has of them."""
+    for name, parameter in parameters.items():
+        for local, offset in local_boxes(parameter):
+            if name.endswith("norm.weight"):
+                local.fill_(1.0)
+            else:
+                std = _standard_deviation(name, config)
+                fill_normal(local, key=stream_key(seed, name), shape=parameter.shape, offset=offset, std=std)
 
 
 def canonical_name(name: str) -> str:

@@ -9,14 +9,18 @@ model built on the meta device needs `to_empty` and then `rebuild_rope_tables`.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llamatrain.config.model import ModelConfig
-from llamatrain.model.attention import attention
-from llamatrain.model.rope import apply_rope, rope_tables
+from llamatrain.model.attention import Attend
+from llamatrain.model.elementwise import EAGER
+from llamatrain.model.loss import linear_cross_entropy_sum
+from llamatrain.model.rope import rope_tables
+from llamatrain.model.sharing import ALONE, Alone, on_this_rank
 
 
 class Linear(nn.Linear):
@@ -29,18 +33,35 @@ class Linear(nn.Linear):
         """Leave the memory as it is: init_weights or a checkpoint fills it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return F.linear(x, on_this_rank(self.weight).to(x.dtype))
 
 
-class Embedding(nn.Embedding):
-    """A row of the weight per token."""
+class Head(Linear):
+    """Logits, or the loss where targets are given: a module of its own, since sharding gathers weights for modules."""
 
-    def reset_parameters(self) -> None:
-        """Leave the memory as it is: init_weights or a checkpoint fills it."""
+    sharing = ALONE
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        return logits_or_loss(x, self.weight, targets, self.sharing)
+
+
+class Embedding(nn.Module):
+    """A row of the weight [V, D] per token; the memory is left as it is: init_weights or a checkpoint fills it."""
+
+    sharing = ALONE
+
+    def __init__(self, vocab_size: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, dim))
+
+    def forward(self, tokens: Tensor, *, dtype: torch.dtype) -> Tensor:
+        return self.sharing.embed(tokens, on_this_rank(self.weight), dtype=dtype)
 
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight (arXiv 1910.07467), rounded to x's dtype before the product."""
+
+    elementwise = EAGER
 
     def __init__(self, dim: int, *, eps: float) -> None:
         super().__init__()
@@ -48,9 +69,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        full = x.float()
-        normed = full * torch.rsqrt(full.pow(2).mean(-1, keepdim=True) + self.eps)
-        return normed.to(x.dtype) * self.weight.to(x.dtype)
+        return self.elementwise.while_training().rms_norm(x, on_this_rank(self.weight), self.eps)
 
 
 class KVCache:
@@ -75,9 +94,11 @@ class KVCache:
 class Attention(nn.Module):
     """Rotary self-attention; with n_kv_heads < n_heads, groups of query heads share a key-value head."""
 
+    sharing, elementwise = ALONE, EAGER
+
     def __init__(self, config: ModelConfig, *, layer: int) -> None:
         super().__init__()
-        self.layer, self.backend, self.head_dim = layer, config.attention, config.head_dim
+        self.layer, self.head_dim, self.attend = layer, config.head_dim, Attend(config.attention)
         self.wq = Linear(config.dim, config.n_heads * config.head_dim)
         self.wk = Linear(config.dim, config.kv_heads * config.head_dim)
         self.wv = Linear(config.dim, config.kv_heads * config.head_dim)
@@ -92,20 +113,22 @@ class Attention(nn.Module):
         doc_lengths: Sequence[int] | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
+        x = self.sharing.gather(x)
         # Heads are counted from the projections: under tensor parallelism each rank has a part of them.
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)  # [B, T, H, K], [B, T, Hkv, K]
+        q, k = self.elementwise.while_training().rope(q, k, cos, sin)  # [B, T, H, K], [B, T, Hkv, K]
         query_offset = 0
         if cache is not None:
             query_offset = cache.length
             k, v = cache.extend(self.layer, k, v)
-        out = attention(q, k, v, backend=self.backend, doc_lengths=doc_lengths, query_offset=query_offset)
-        projected: Tensor = self.wo(out.flatten(-2))
-        return projected
+        out = self.attend(q, k, v, doc_lengths=doc_lengths, query_offset=query_offset)
+        return self.sharing.scatter(self.wo(out.flatten(-2)))
 
 
 class FeedForward(nn.Module):
     """SwiGLU (Shazeer, arXiv 2002.05202): w2(silu(w1 x) * w3 x)."""
+
+    sharing, elementwise = ALONE, EAGER
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -114,8 +137,8 @@ class FeedForward(nn.Module):
         self.w3 = Linear(config.dim, config.ffn_width)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.w2(F.silu(self.w1(x)) * self.w3(x))
-        return out
+        x = self.sharing.gather(x)
+        return self.sharing.scatter(self.w2(self.elementwise.while_training().swiglu(self.w1(x), self.w3(x))))
 
 
 class Block(nn.Module):
@@ -159,20 +182,31 @@ class Block(nn.Module):
         return out
 
 
+class SharedSequences(Protocol):
+    """Ranks that share each sequence."""
+
+    def own(self, x: Tensor, *, dim: int = 1) -> Tensor:
+        """Of something whole along `dim`, a token each, what this rank has of it."""
+
+
 class Llama(nn.Module):
     """The whole model. To run, config.attention must be a backend that `resolve_backend` gave, not auto."""
 
     rope_cos: Tensor  # [max_seq_len, K/2]
     rope_sin: Tensor
 
+    # The ranks that share each sequence; set by llamatrain.parallel.context.
+    context: "SharedSequences | None" = None
+
     def __init__(self, config: ModelConfig, *, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config, self.compute_dtype = config, compute_dtype
-        self.tok_embeddings = Embedding(config.vocab_size, config.dim)
+        # A pipeline stage has None for what lies on others.
+        self.tok_embeddings: Embedding | None = Embedding(config.vocab_size, config.dim)
         # Keyed by the layer's number: the names stay when a pipeline stage keeps only some of the layers.
         self.layers = nn.ModuleDict({str(i): Block(config, layer=i) for i in range(config.n_layers)})
-        self.norm = RMSNorm(config.dim, eps=config.norm_eps)
-        self.output = None if config.tied_embeddings else Linear(config.dim, config.vocab_size)
+        self.norm: RMSNorm | None = RMSNorm(config.dim, eps=config.norm_eps)
+        self.output = None if config.tied_embeddings else Head(config.dim, config.vocab_size)
         self.rebuild_rope_tables()
 
     def rebuild_rope_tables(self) -> None:
@@ -183,11 +217,21 @@ class Llama(nn.Module):
         self.register_buffer("rope_sin", sin.to(device), persistent=False)
 
     def forward(
-        self, tokens: Tensor, *, doc_lengths: Sequence[int] | None = None, cache: KVCache | None = None
+        self,
+        tokens: Tensor,
+        *,
+        targets: Tensor | None = None,
+        hidden: Tensor | None = None,
+        doc_lengths: Sequence[int] | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """Logits [B, T, V] in compute_dtype for the token after each of `tokens` int64 [B, T].
 
-        doc_lengths: see `attention`. cache: the tokens follow those in it, and are added to it.
+        With `targets` int64 [B, T], which are those tokens where they are known, the sum of their losses in nats
+        (an fp32 scalar): the logits are then never whole in memory. doc_lengths: see `attention`. cache: the tokens
+        follow those in it, and are added to it. Where ranks share sequences, `tokens` and `targets` are whole and the
+        result is of this rank's tokens. On a pipeline stage, `hidden` [B, T, D] is what the stage before has made of
+        the tokens, and all stages but the last return the same instead of logits or loss.
         Raises ValueError beyond max_seq_len.
         """
         start = 0 if cache is None else cache.length
@@ -195,15 +239,30 @@ class Llama(nn.Module):
         if end > self.config.max_seq_len:
             raise ValueError(f"{end} tokens are more than model.max_seq_len={self.config.max_seq_len}")
         cos, sin = self.rope_cos[start:end], self.rope_sin[start:end]
-        h = self.tok_embeddings(tokens).to(self.compute_dtype)  # [B, T, D]
+        if self.context is not None:
+            tokens, cos, sin = self.context.own(tokens), self.context.own(cos, dim=0), self.context.own(sin, dim=0)
+            targets = None if targets is None else self.context.own(targets)
+        if hidden is None:
+            assert self.tok_embeddings is not None, "a stage after the first needs `hidden`"
+            hidden = self.tok_embeddings(tokens, dtype=self.compute_dtype)
+        h: Tensor = hidden  # [B, T, D]
         for block in self.layers.values():
             h = block(h, cos, sin, doc_lengths=doc_lengths, cache=cache)
         if cache is not None:
             cache.length = end
-        return self._head(self.norm(h))
-
-    def _head(self, h: Tensor) -> Tensor:
+        if self.norm is None:
+            return h
+        h = self.norm(h)
         if self.output is None:
-            return F.linear(h, self.tok_embeddings.weight.to(h.dtype))
-        logits: Tensor = self.output(h)
-        return logits
+            assert self.tok_embeddings is not None, "a tied head lies where the embedding does"
+            return logits_or_loss(h, self.tok_embeddings.weight, targets, self.tok_embeddings.sharing)
+        out: Tensor = self.output(h, targets)
+        return out
+
+
+def logits_or_loss(h: Tensor, weight: Tensor, targets: Tensor | None, sharing: Alone) -> Tensor:
+    """h W^T [B, T, V] in h's dtype (of this rank's part of V), or the sum of the targets' losses under it."""
+    h, weight = sharing.gather(h), on_this_rank(weight).to(h.dtype)
+    if targets is None:
+        return F.linear(h, weight)
+    return linear_cross_entropy_sum(h, weight, targets, shards=sharing.vocabulary(weight))

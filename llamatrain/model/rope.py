@@ -1,7 +1,8 @@
 """Rotary position embeddings (Su et al., arXiv 2104.09864), in the layout of the released LLaMA code.
 
 Channels 2i and 2i+1 of a head are the real and imaginary part of one number, turned by the angle
-position * theta^(-2i/K). The released code multiplies complex numbers; this is the same in real arithmetic.
+position * theta^(-2i/K). The released code multiplies complex numbers; `llamatrain.model.elementwise` does the same in
+real arithmetic, by the tables made here.
 """
 
 import torch
@@ -18,11 +19,3 @@ def rope_tables(head_dim: int, *, max_seq_len: int, theta: float) -> tuple[Tenso
     positions = torch.arange(max_seq_len, dtype=torch.float32, device="cpu")
     angles = torch.outer(positions, frequencies)
     return angles.cos(), angles.sin()
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn x [B, T, H, K] by the tables' rows [T, K/2]; computed in fp32, returned in x's dtype."""
-    real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [B, T, H, K/2] each
-    cos, sin = cos[:, None, :], sin[:, None, :]
-    turned = torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1)
-    return turned.flatten(-2).to(x.dtype)

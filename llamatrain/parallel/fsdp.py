@@ -24,7 +24,10 @@ REDUCE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def shard(model: Llama, mesh: DeviceMesh, settings: ParallelConfig) -> None:
-    """Turn the parameters of a model on the meta device into DTensors over the mesh, gathered where needed."""
+    """Turn the parameters of a model on the meta device into DTensors over the mesh, gathered where needed.
+
+    `mesh` has the data-parallel axes. Parameters that are DTensors over others already become so over all.
+    """
     reduce_dtype = REDUCE_DTYPES[settings.reduce_dtype]
     full = MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     compute = MixedPrecisionPolicy(
@@ -32,8 +35,9 @@ def shard(model: Llama, mesh: DeviceMesh, settings: ParallelConfig) -> None:
     )
     reshard = settings.reshard_after_forward == "always"
     blocks = list(model.layers.values())
-    if model.output is not None:
+    if model.tok_embeddings is not None and not model.config.tied_embeddings:
         fully_shard(model.tok_embeddings, mesh=mesh, mp_policy=full, reshard_after_forward=reshard)
+    if model.norm is not None and model.output is not None:
         # backward needs the head at once, so it stays gathered
         fully_shard([model.norm, model.output], mesh=mesh, mp_policy=compute, reshard_after_forward=False)
     for block in blocks:

@@ -8,7 +8,7 @@
 In this order they cost more time: block_backward adds no matrix product and no attention; selective by its default
 list adds none either, but every operation of its forward passes through Python, and in backward one block as a whole
 is in memory again; full repeats six of the seven products and the attention, a quarter more. `auto` takes the first
-that fits the device's memory by `arithmetic.training_memory`.
+that fits the device's memory by `memory.training_memory`.
 
 A choice is an attribute of each block, `training_forward`. No module is wrapped, so the parameters keep their names;
 what checkpointing repeats lies inside the block, so FSDP2's hooks on the block run once in forward and once in
@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from llamatrain.arithmetic import training_memory
 from llamatrain.config import ParallelConfig, RunConfig
 from llamatrain.config.parallel import LINEARS, RECOMPUTE, layout
 from llamatrain.device import memory_total_gib
 from llamatrain.errors import ConfigError
+from llamatrain.memory import training_memory
 from llamatrain.model.block_backward import own_backward
 from llamatrain.model.llama import Block, Llama
 

@@ -19,7 +19,7 @@ from llamatrain.config import (
     SourceConfig,
     TrainConfig,
 )
-from llamatrain.config.parallel import RECOMPUTE
+from llamatrain.config.parallel import RECOMPUTE, SCHEDULES
 
 STEPS = 20
 GLOBAL_BATCH = 8  # sequences
@@ -35,6 +35,7 @@ MODEL = ModelConfig(
     ffn_multiple_of=32,
     norm_eps=1e-5,
 )
+DIVISIBLE = {"vocab_size": VOCAB_SIZE + 1}  # for ranks that share the vocabulary
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,48 @@ def all_cases(ranks: int, *, ranks_per_node: int) -> Iterator[Case]:
             yield Case(ranks, {"dp_replicate": copies})
             for scatter, reduce in (("last", "last"), ("each", "each")):
                 yield Case(ranks, {"dp_replicate": copies, "reduce_scatter": scatter, "all_reduce": reduce})
+    yield from _tensor_parallel(ranks)
+    yield from _context_parallel(ranks)
+    yield from _pipelines(ranks)
     yield Case(ranks, {}, model=tied)
     for copies, reshard in product((1, 2), ("always", "never")):
         if ranks % copies == 0:
             yield Case(ranks, {"dp_replicate": copies, "reshard_after_forward": reshard}, precision="bf16")
+
+
+def _pipelines(ranks: int) -> Iterator[Case]:
+    """Stages of both schedules, alone and under FSDP and tensor parallelism, with every way to recompute."""
+    for schedule, choice in product(SCHEDULES, RECOMPUTE):
+        yield Case(ranks, {"pp": 2, "pipeline_schedule": schedule, "recompute": choice})
+    for schedule in SCHEDULES:
+        yield Case(ranks, {"pp": 2, "pipeline_schedule": schedule}, precision="bf16")
+    yield Case(ranks, {"pp": 2}, model={"n_layers": 3})
+    yield Case(ranks, {"pp": 2, "reshard_after_forward": "never"}, precision="bf16")
+    yield Case(ranks, {"pp": 2, "reduce_scatter": "last"})
+    if ranks % 4 == 0:
+        yield Case(ranks, {"pp": 4}, model={"n_layers": 5})
+        yield Case(ranks, {"pp": 2, "dp_replicate": 2})
+        yield Case(ranks, {"pp": 2, "dp_replicate": 2, "all_reduce": "each"})
+        yield Case(ranks, {"pp": 2, "cp": 2})
+        for choice in RECOMPUTE:
+            yield Case(ranks, {"pp": 2, "tp": 2, "recompute": choice}, model=DIVISIBLE)
+
+
+def _tensor_parallel(ranks: int) -> Iterator[Case]:
+    """Tensor with sequence parallelism, alone or under FSDP, with every way to recompute."""
+    for choice in RECOMPUTE:
+        yield Case(ranks, {"tp": 2, "recompute": choice}, model=DIVISIBLE)
+    for parallel in ({"recompute": "block_backward"}, {"reshard_after_forward": "never"}):
+        yield Case(ranks, {"tp": 2, **parallel}, model=DIVISIBLE, precision="bf16")
+    yield Case(ranks, {"tp": 2}, model={**DIVISIBLE, "tied_embeddings": True})
+
+
+def _context_parallel(ranks: int) -> Iterator[Case]:
+    """Shared sequences, alone, under FSDP and with tensor parallelism, with every way to recompute."""
+    for choice in RECOMPUTE:
+        yield Case(ranks, {"cp": 2, "recompute": choice})
+    yield Case(ranks, {"cp": 2, "recompute": "block_backward"}, precision="bf16")
+    if ranks % 4 == 0:
+        yield Case(ranks, {"cp": 4})
+        for choice in RECOMPUTE:
+            yield Case(ranks, {"cp": 2, "tp": 2, "recompute": choice}, model=DIVISIBLE)

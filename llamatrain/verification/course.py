@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from llamatrain.data.loader import IGNORE_INDEX, Batch
+from llamatrain.distributed import World
+from llamatrain.flat import FlatPart
 from llamatrain.trainer import Trainer
 
 TOLERANCES = {"fp32": 1e-5, "bf16": 1e-3}  # relative, of losses and gradient norms
@@ -58,15 +60,24 @@ class Differences:
         return [told for told, wrong in found.items() if wrong]
 
 
-def whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Tensor | FlatPart, world: World) -> Tensor:
     """A copy, on the host, of a tensor with the parts of all ranks; all ranks call it."""
+    if isinstance(tensor, FlatPart):
+        return torch.cat(world.gather(tensor.memory.cpu().clone())).view(tensor.shape)
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().clone()
+
+
+def gathered(tensors: Mapping[str, Tensor | FlatPart], trainer: Trainer) -> dict[str, Tensor]:
+    """Copies of named tensors, whole, those of all ranks; all ranks call it."""
+    own = {name: whole(tensor, trainer.world) for name, tensor in tensors.items()}
+    shares = trainer.world.gather(own) if trainer.layout.pp > 1 else [own]
+    return {name: tensor for share in shares for name, tensor in share.items()}
 
 
 def follow(trainer: Trainer, steps: int, before: Before | None = None) -> Course:
     """Train `steps` steps. `before` gets the trainer and every batch before its step."""
     course, world = Course(), trainer.world
-    course.initial_weights = {name: whole(p) for name, p in trainer.parameters.items()}
+    course.initial_weights = gathered(trainer.parameters, trainer)
     with trainer.open_loader() as loader:
         for batch in loader:
             if before is not None:
@@ -74,11 +85,15 @@ def follow(trainer: Trainer, steps: int, before: Before | None = None) -> Course
             if trainer.step == 0:
                 trainer.accumulate_gradients(batch)
                 grads = {name: p.grad for name, p in trainer.parameters.items()}
-                course.first_gradients = {name: whole(grad) for name, grad in grads.items() if grad is not None}
+                present = {name: grad for name, grad in grads.items() if grad is not None}
+                course.first_gradients = gathered(present, trainer)
                 trainer.optimizer.zero_grad()
             loss, norm = trainer.train_step(batch)
             own = [int((m.targets != IGNORE_INDEX).sum()) for m in batch.micro_batches()]
-            course.samples.append([n for samples in world.gather(batch.samples.tolist()) for n in samples])
+            own_samples = batch.samples.tolist()
+            if not trainer.share.counts_targets:  # another rank works on the same ones
+                own, own_samples = [], []
+            course.samples.append([n for samples in world.gather(own_samples) for n in samples])
             course.valid_targets.append([n for counts in world.gather(own) for n in counts])
             course.losses.append(loss.item())
             course.norms.append(norm.item())

@@ -25,7 +25,7 @@ from llamatrain.session import open_run_directory, settle
 from llamatrain.trainer import Trainer
 from llamatrain.verification import order
 from llamatrain.verification.cases import STEPS, Case
-from llamatrain.verification.course import Before, Course, Differences, differences, follow, same_tensors, whole
+from llamatrain.verification.course import Before, Course, Differences, differences, follow, gathered, same_tensors
 
 Tensors = dict[str, dict[str, Tensor]]  # by group of the checkpoint, whole, on the host
 
@@ -103,22 +103,21 @@ class Runner:
         trainer.snapshots.save(trainer.step, trainer.data_state)
         run_dir = trainer.directory.path
         written = self.world.decide(lambda: same_state(read_whole(store.find_checkpoint(run_dir)), mine))
+        names = trainer.snapshots.names_everywhere()
         with self.world.together():
-            reader = store.Reader(plain, store.open_checkpoint(plain))
-            for group, tensors in trainer.snapshots.weights_and_moments().items():
-                reader.fill(group, tensors)
+            trainer.snapshots.fill(store.Reader(plain, store.open_checkpoint(plain)), names)
         found = whole_state(trainer)
         read = self.world.decide(lambda: same_state(read_whole(plain), found))
         right = {"its checkpoint, read whole, differs": written, "the plain run's checkpoint, read here, differs": read}
         return [told for told, same in right.items() if not same]
 
     def _order(self, trainer: Trainer) -> list[str]:
-        if self.world.size == 1:
+        if self.world.size == 1 or trainer.layout.pp > 1:  # with stages, micro-batches overlap as the schedule has it
             return []
         with trainer.open_loader() as loader:
             events = order.issued(trainer, next(loader))
         config = trainer.config
-        gathers = layout(config.parallel, self.world.size).dp_shard > 1
+        gathers = layout(config.parallel, self.world.size).shards > 1
         return order.violations(events, config.parallel, layers=config.model.n_layers, gathers=gathers)
 
 
@@ -141,7 +140,7 @@ def follow_alone(config: RunConfig) -> tuple[Course, Path]:
 def whole_state(trainer: Trainer) -> Tensors:
     """Copies of all weights and moments, with the parts of all ranks; all ranks call it."""
     groups = trainer.snapshots.weights_and_moments()
-    return {group: {name: whole(tensor) for name, tensor in tensors.items()} for group, tensors in groups.items()}
+    return {group: gathered(tensors, trainer) for group, tensors in groups.items()}
 
 
 def read_whole(checkpoint: Path) -> Tensors:

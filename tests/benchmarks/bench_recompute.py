@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.bench_recompute
 
-Bytes are those of every storage that the forward made and that is still alive after it, whoever holds it: autograd,
-torch's checkpointing or its cache of selected outputs (torch's saved_tensors_hooks see only the first). Times are of
-forward and backward on one thread, the modes interleaved, so that a busy moment of the machine hits all alike.
+Bytes kept are those that the forward allocated and did not free, whoever holds them: autograd, torch's checkpointing
+or its cache of selected outputs (torch's saved_tensors_hooks see only the first). Times are of forward and backward on
+one thread, the modes, eager and compiled, interleaved, so that a busy moment of the machine hits all alike.
 """
 
 import argparse
@@ -17,16 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from llamatrain.arithmetic import activation_bytes_per_token_layer, training_memory
 from llamatrain.config import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from llamatrain.config.parallel import RECOMPUTE, SAVABLE
 from llamatrain.device import PRECISIONS
+from llamatrain.memory import activation_bytes_per_token_layer, training_memory
+from llamatrain.model.compilation import apply_compile
 from llamatrain.model.init import init_weights
 from llamatrain.model.llama import Llama
-from llamatrain.model.loss import cross_entropy_sum
 from llamatrain.parallel.recompute import apply_recompute
 
 SHAPE = ModelConfig(
@@ -61,7 +62,12 @@ class LiveBytes(TorchDispatchMode):
 
 
 def build(
-    shape: ModelConfig, recompute: str, *, save: Sequence[str] = SAVABLE, dtype: torch.dtype = torch.float32
+    shape: ModelConfig,
+    recompute: str,
+    *,
+    save: Sequence[str] = SAVABLE,
+    dtype: torch.dtype = torch.float32,
+    compiled: bool = False,
 ) -> Llama:
     """A model of the shape with its weights in `dtype`, as FSDP2 hands them over: no copies in it are kept."""
     model = Llama(shape, compute_dtype=dtype)
@@ -69,16 +75,21 @@ def build(
     model = model.to(dtype)
     model.rebuild_rope_tables()
     apply_recompute(model, ParallelConfig(recompute=recompute, recompute_save=list(save)))
+    if compiled:
+        apply_compile(model)
     return model
 
 
 def kept_bytes(model: Llama, tokens: Tensor, doc_lengths: Sequence[int] | None = None) -> int:
-    """Bytes alive after the forward that were not before, the logits included."""
-    with LiveBytes([*model.parameters(), *model.buffers(), tokens]) as live:
+    """Bytes alive after the forward that were not before, the logits included.
+
+    By every allocation that the profiler saw: no dispatch mode sees into kernels of torch.compile.
+    """
+    model(tokens, doc_lengths=doc_lengths)  # compiles
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
         logits = model(tokens, doc_lengths=doc_lengths)
-        kept = live.now()
-    assert logits.requires_grad
-    return kept
+    assert logits.requires_grad and record.profiler is not None and record.profiler.kineto_results is not None
+    return sum(event.nbytes() for event in record.profiler.kineto_results.events() if event.name() == "[memory]")
 
 
 def kept_per_token_layer(shape: ModelConfig, recompute: str, *, tokens: Tensor, **options: Any) -> float:
@@ -91,8 +102,7 @@ def peak_bytes(model: Llama, tokens: Tensor) -> int:
     """The most that is alive at once in a step of two micro-batches, besides the weights; their gradients count."""
     with LiveBytes([*model.parameters(), *model.buffers(), tokens]) as live:
         for _ in range(2):
-            logits = model(tokens)
-            cross_entropy_sum(logits, tokens).backward()
+            model(tokens, targets=tokens).backward()
     return live.peak
 
 
@@ -109,7 +119,7 @@ def predicted_peak(shape: ModelConfig, recompute: str, *, batch: int, precision:
 
 def seconds(model: Llama, tokens: Tensor) -> float:
     begin = time.process_time()
-    cross_entropy_sum(model(tokens), tokens).backward()
+    model(tokens, targets=tokens).backward()
     return time.process_time() - begin
 
 
@@ -121,28 +131,37 @@ def main() -> None:
     tokens = torch.randint(SHAPE.vocab_size, (BATCH, SHAPE.max_seq_len), generator=torch.Generator().manual_seed(0))
     print("| | recompute | kept, bytes per token and layer | by formula | peak, MiB | by formula | CPU s | of none |")
     print("|---|---|---|---|---|---|---|---|")
+    ways = [(mode, compiled) for compiled in (False, True) for mode in RECOMPUTE]
     for precision, dtype in PRECISIONS.items():
-        models = {mode: build(SHAPE, mode, dtype=dtype) for mode in RECOMPUTE}
-        times: dict[str, list[float]] = {mode: [] for mode in RECOMPUTE}
+        models = {(mode, compiled): build(SHAPE, mode, dtype=dtype, compiled=compiled) for mode, compiled in ways}
+        times: dict[tuple[str, bool], list[float]] = {way: [] for way in ways}
         for repetition in range(repetitions + 1):
-            for mode, model in models.items():
+            for way, model in models.items():
                 taken = seconds(model, tokens)
                 if repetition:  # the first warms up
-                    times[mode].append(taken)
-        fastest = statistics.median(times["none"])
-        for mode in RECOMPUTE:
-            kept = kept_per_token_layer(SHAPE, mode, tokens=tokens, dtype=dtype)
-            said = activation_bytes_per_token_layer(SHAPE, mode, bytes_per_element=dtype.itemsize)
-            model = Llama(SHAPE, compute_dtype=dtype)  # with weights in fp32, as one process trains
-            init_weights(model, SHAPE, seed=0)
-            apply_recompute(model, ParallelConfig(recompute=mode))
-            peak = peak_bytes(model, tokens) / 2**20
-            foreseen = predicted_peak(SHAPE, mode, batch=BATCH, precision=precision) / 2**20
-            median = statistics.median(times[mode])
-            print(
-                f"| {precision} | {mode} | {kept:,.0f} | {said:,.0f} | {peak:,.0f} | {foreseen:,.0f} "
-                f"| {median:.2f} | {median / fastest:.2f} |"
+                    times[way].append(taken)
+        for mode, compiled in ways:
+            kept = kept_per_token_layer(SHAPE, mode, tokens=tokens, dtype=dtype, compiled=compiled)
+            size = dtype.itemsize
+            said = activation_bytes_per_token_layer(SHAPE, mode, bytes_per_element=size, compiled=compiled)
+            median = statistics.median(times[mode, compiled])
+            of_none = statistics.median(
+                taken / none for taken, none in zip(times[mode, compiled], times["none", False], strict=True)
             )
+            name, peak = (f"{mode}, compiled", "| | |") if compiled else (mode, _peak(mode, tokens, precision))
+            print(
+                f"| {precision} | {name} | {kept:,.0f} | {said:,.0f} {peak} {median:.2f} | {of_none:.2f} |", flush=True
+            )
+
+
+def _peak(mode: str, tokens: Tensor, precision: str) -> str:
+    """Two cells: the peak of a step, measured and by formula."""
+    model = Llama(SHAPE, compute_dtype=PRECISIONS[precision])  # with weights in fp32, as one process trains
+    init_weights(model, SHAPE, seed=0)
+    apply_recompute(model, ParallelConfig(recompute=mode))
+    measured = peak_bytes(model, tokens)
+    foreseen = predicted_peak(SHAPE, mode, batch=BATCH, precision=precision)
+    return f"| {measured / 2**20:,.0f} | {foreseen / 2**20:,.0f} |"
 
 
 if __name__ == "__main__":

@@ -7,13 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from llamatrain.arithmetic import training_memory
 from llamatrain.config import DataConfig, ParallelConfig, RunConfig, TrainConfig
 from llamatrain.config.parallel import RECOMPUTE, layout
 from llamatrain.distributed import World, local_part
+from llamatrain.memory import training_memory
 from llamatrain.model.init import init_weights
 from llamatrain.model.llama import Llama
-from llamatrain.model.loss import cross_entropy_sum
 from llamatrain.parallel import fsdp
 from llamatrain.parallel.mesh import build_mesh
 from llamatrain.parallel.recompute import apply_recompute
@@ -73,8 +72,7 @@ def sharded_peak(world: World, settings: ParallelConfig) -> int:
     with LiveBytes([*(local_part(p)[0] for p in model.parameters()), *model.buffers(), tokens]) as live:
         for last in (False, False, True):
             fsdp.begin_micro_batch(model, settings, last=last)
-            logits = model(tokens)
-            cross_entropy_sum(logits, tokens).backward()
+            model(tokens, targets=tokens).backward()
     return live.peak
 
 

@@ -167,7 +167,7 @@ def boxes_of_65b(world: World) -> dict[str, tuple[list[int], list[int]]]:
     text = (Path(__file__).parents[2] / "conf" / "model" / "65b.yaml").read_text()
     with torch.device("meta"):
         model = Llama(ModelConfig(**yaml.safe_load(text), attention="sdpa"))
-    fsdp.shard(model, build_mesh(Layout(1, world.size), torch.device("cpu")), ParallelConfig())
+    fsdp.shard(model, build_mesh(Layout(dp_shard=world.size), torch.device("cpu")), ParallelConfig())
     parts = {name: local_part(parameter.detach()) for name, parameter in model.named_parameters()}
     return {name: (list(part.shape), offset) for name, (part, offset) in parts.items()}
 
