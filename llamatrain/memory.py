@@ -18,6 +18,7 @@ from llamatrain.config import RunConfig
 from llamatrain.config.model import ModelConfig
 from llamatrain.config.parallel import SAVABLE, layout, stage_layers
 
+VECTORS = 40  # bytes that the loss needs for each token beside its logits: target, maximum, sum, masks
 LOGITS_BYTES = 128 << 20  # fp32 logits of a chunk. On CPU a step takes the same time from 32 to 256 MiB
 
 
@@ -107,7 +108,7 @@ class _Stage:
         self.block = block_parameters(config.model) / self.mesh.tp
         self.head = config.model.vocab_size * config.model.dim / self.mesh.tp
         ends = 1 if config.model.tied_embeddings else self.first + self.last
-        self.weights = self.layers * self.block + ends * self.head
+        self.weights = self.layers * self.block + ends * self.head + self.last * config.model.dim
 
     def parts(self) -> dict[str, float]:
         """Bytes by what they are for."""
@@ -118,6 +119,7 @@ class _Stage:
             "weights, gradients, moments": 16 * self.weights / self.mesh.shards,
             "weights in use": self._weights_in_use(),
             "gradients kept back": self._gradients_kept_back(),
+            "last gradient on its way": self._last_reduction(),
             "activations": held * self.tokens * kept,
             "hidden states between stages": self._between_stages(),
             "attention matrices": (held if self.recompute == "none" else 1) * self.tokens * self._matrix_row(),
@@ -182,7 +184,8 @@ class _Stage:
         """The logits of one chunk, in fp32 too if they are not, and gradients; later the scaled ones beside them."""
         if not self.last:
             return 0
-        logits = self._chunk * self.model.vocab_size / self.mesh.tp * (self.e if self.e == 4 else self.e + 4)
+        logits = self.model.vocab_size / self.mesh.tp * (self.e if self.e == 4 else self.e + 4) + VECTORS
+        logits *= self._chunk
         product = self.e * self.head if self.e < 4 and self._chunk < self.tokens else 0
         scaled = self.tokens * self.model.dim * self.e + (self.e + reduced_bytes(self.config)) * self.head
         return self._loss_gradients() + max(logits + product, scaled)
@@ -204,6 +207,11 @@ class _Stage:
         # the head's gradient may still be on its way to others
         unit = d * f if self.world_size == 1 else max(self.block, self.head)
         return self.tokens * (redone + gradients) + shared + (e + reduced_bytes(self.config)) * unit
+
+    def _last_reduction(self) -> float:
+        """FSDP2 holds what a gradient was sent from and arrived in until the next one's; the embedding's is last."""
+        sharded = self.world_size > 1 and self.first
+        return self.head * reduced_bytes(self.config) * (1 + 1 / self.mesh.shards) if sharded else 0
 
     def _matrix_row(self) -> float:
         """Bytes per token of the [T, T] matrices that attention keeps, where it is not the kernel that needs none."""

@@ -56,7 +56,7 @@ def test_what_lives_long_is_not_looked_at_again_but_freed_in_the_end() -> None:
         later = [Knot()]
         garbage.step_ended(2)
         assert gc.get_freeze_count() > before
-        assert all(each is not gc.get_objects() for each in (long_lived, later))
+        assert not any(each is long_lived or each is later for each in gc.get_objects())
         settled = gc.get_freeze_count()
         garbage.step_ended(4)
         assert gc.get_freeze_count() <= settled  # the first collection alone freezes

@@ -2,9 +2,10 @@
 
 What is compiled are the elementwise functions of `llamatrain.model.elementwise`, each once for all layers: forward and
 backward become a kernel or two, and autograd keeps their inputs and no more. Matrix products and attention are
-library kernels in a compiled block too, so to compile whole blocks adds little (docs/design.md has the measurement).
-These functions know nothing of documents, recompute, sharding or collectives, so all of those stay as they are; and as
-they see only the shapes of the run's micro-batches, nothing is compiled again.
+library kernels in a compiled block too, so to compile blocks adds little: on a CPU, of a model of 288 x 6, compiled
+functions made a step 1.07 times as fast in fp32 and 1.15 in bf16, compiled blocks up to attention and after it 1.07 and
+1.17. These functions know nothing of documents, recompute, sharding or collectives, so all of those stay as they are;
+and as they see only the shapes of the run's micro-batches, nothing is compiled again.
 
 A compiled function computes in fp32 from its inputs to its outputs, where the eager one rounds in between too: in bf16
 the two differ by rounding.

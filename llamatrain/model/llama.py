@@ -242,10 +242,11 @@ class Llama(nn.Module):
         if self.context is not None:
             tokens, cos, sin = self.context.own(tokens), self.context.own(cos, dim=0), self.context.own(sin, dim=0)
             targets = None if targets is None else self.context.own(targets)
-        if hidden is None:
-            assert self.tok_embeddings is not None, "a stage after the first needs `hidden`"
-            hidden = self.tok_embeddings(tokens, dtype=self.compute_dtype)
-        h: Tensor = hidden  # [B, T, D]
+        if self.tok_embeddings is not None:
+            h: Tensor = self.tok_embeddings(tokens, dtype=self.compute_dtype)  # [B, T, D]
+        else:
+            assert hidden is not None, "a stage after the first needs `hidden`"
+            h = hidden
         for block in self.layers.values():
             h = block(h, cos, sin, doc_lengths=doc_lengths, cache=cache)
         if cache is not None:

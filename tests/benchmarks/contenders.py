@@ -118,10 +118,8 @@ def settings_on_cpu(name: str, precision: str, *, smoke: bool) -> list[Setting]:
     if smoke:
         compiling = ("off", "layers") if precision == "bf16" else ("off",)
     if name == OURS:
-        choices, compiled = (
-            ("block_backward",) if smoke else ("none", "block_backward"),
-            (False, True)[: len(compiling)],
-        )
+        choices = ("block_backward",) if smoke else ("none", "block_backward")
+        compiled = (False, True)[: len(compiling)]
         return [{"parallel.recompute": choice, "train.compile": on} for on in compiled for choice in choices]
     weights = ("fp32",) if precision == "fp32" else ("autocast",) if smoke else ("autocast", "copies")
     chunks = (128, 0) if name == "litgpt" and not smoke else (0,)  # its pretraining cuts the loss into 128 tokens

@@ -46,7 +46,7 @@ def shared(world: World) -> Results:
         model.rebuild_rope_tables()
         init_weights(model, plain.config, seed=0)
         loss, gradients = loss_and_gradients(model, CASES[case][1])
-        results[case, recompute] = loss, {name: whole(gradient) for name, gradient in gradients.items()}
+        results[case, recompute] = loss, {name: whole(gradient, world) for name, gradient in gradients.items()}
     return results
 
 
