@@ -1,21 +1,19 @@
 """Composes the parts of a training run, then one loop that reads like the recipe.
 
-Order of composition: data → model on meta → its stage of a pipeline → tensor and context parallel → recompute →
-sharded → materialised → optimizer → initialised or loaded → loop. What a step does stands in `train_step`; what
-happens around it in `fit`. Every rank runs the same lines; rank 0 alone writes, prints and decides. Before it, ranks
-meet and settings are settled: `llamatrain.session`.
+Order of composition: data → model, spread over the ranks (`llamatrain.parallel.composition`) → optimizer → initialised
+or loaded → loop. What a step does stands in `train_step`; what happens around it in `fit`. Every rank runs the same
+lines; rank 0 alone writes, prints and decides. Before it, ranks meet and settings are settled: `llamatrain.session`.
 """
 
 import logging
 import math
 import time
 from contextlib import ExitStack
-from datetime import timedelta
 from typing import Any
 
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import Tensor
 
 from llamatrain.arithmetic import micro_batches, parameter_count
 from llamatrain.checkpoint import commit
@@ -25,7 +23,6 @@ from llamatrain.data.loader import Batch, Loader
 from llamatrain.data.order import DataState, SampleOrder, describe_rounding, round_weights
 from llamatrain.data.sources import Source, check_tokenizers, open_sources
 from llamatrain.device import (
-    PRECISIONS,
     be_deterministic,
     describe_environment,
     device_name,
@@ -35,11 +32,8 @@ from llamatrain.distributed import World
 from llamatrain.errors import UnhealthyRun
 from llamatrain.evaluation.validation import Validation
 from llamatrain.files import write_bytes_atomically
-from llamatrain.flat import FlatPart
 from llamatrain.garbage import GarbageCollection
-from llamatrain.model.compilation import apply_compile
 from llamatrain.model.init import init_parameters
-from llamatrain.model.llama import Llama
 from llamatrain.observe.profiler import Profiler, aside
 from llamatrain.observe.records import MetricsLog, Record
 from llamatrain.observe.sinks import Console, Sink, Wandb, duration
@@ -48,11 +42,7 @@ from llamatrain.optim.adamw import build_adamw, set_learning_rate
 from llamatrain.optim.clipping import clip_gradients
 from llamatrain.optim.schedule import learning_rate
 from llamatrain.parallel import fsdp, overlap
-from llamatrain.parallel.context import share_sequences
-from llamatrain.parallel.mesh import build_mesh, context_group, data_parallel_mesh
-from llamatrain.parallel.pipeline import OneStage, Pipeline, keep_stage
-from llamatrain.parallel.recompute import apply_recompute
-from llamatrain.parallel.tensor import share_layers
+from llamatrain.parallel.composition import build_model
 from llamatrain.resilience.agreement import Agreement
 from llamatrain.resilience.control import SAVE_FILE, STOP_FILE, StopRequest
 from llamatrain.run_directory import (
@@ -89,8 +79,7 @@ class Trainer:
         with world.together():
             self.tokenizer, self.sources = self._open_data()
         world.check_same("data", {source.name: source.manifest.hash for source in self.sources})
-        self.model, self.passes = self._build_model()
-        self.parameters = self._find_parameters()  # the model's own change while they are gathered
+        self.model, self.passes, self.parameters = build_model(config, self.device, world_size=world.size)
         self.optimizer = build_adamw(self.parameters.items(), config.optim)
         self.snapshots = Snapshots(
             config, directory, self.parameters, self.optimizer, self.sources, environment, self.device, world
@@ -122,7 +111,7 @@ class Trainer:
         per_rank = micro_batches(self.config, self.world.size)
         return (
             f"{parameter_count(self.config.model):,} parameters on {self.world.size} x {train.device} ({spread}), "
-            f"{train.precision}, recompute {self.config.parallel.recompute}, attention "
+            f"{train.precision}{', compiled' if train.compile else ''}, recompute {self.config.parallel.recompute}, attention "
             f"{self.config.model.attention}; a step is {per_rank} micro-batches of {train.micro_batch} on each"
             f"{self.passes.remark(per_rank)}"
         )
@@ -168,47 +157,6 @@ class Trainer:
             config=config,
             environment=environment,
         )
-
-    def _build_model(self) -> tuple[Llama, OneStage]:
-        """What this rank has of the model, and how micro-batches pass through it."""
-        config, world = self.config, self.world
-        with torch.device("meta"):
-            model = Llama(config.model, compute_dtype=PRECISIONS[config.train.precision])
-        if config.train.compile:
-            apply_compile(model)
-        if config.parallel.sharding == "fairscale":
-            from llamatrain.parallel import fairscale
-
-            apply_recompute(model, config.parallel)
-            model = fairscale.shard(model, self.device, config.parallel, world_size=world.size)
-            return model, OneStage(model, config.parallel)
-        if world.size == 1:
-            apply_recompute(model, config.parallel)
-        else:
-            mesh = build_mesh(self.layout, self.device)
-            if self.layout.pp > 1:
-                keep_stage(model, mesh["pp"])
-            if self.layout.tp > 1:
-                share_layers(model, mesh["tp"])
-            sequence_group = context_group(self.layout, timeout=timedelta(seconds=config.parallel.timeout_s))
-            if sequence_group is not None:
-                share_sequences(model, sequence_group)
-            apply_recompute(model, config.parallel)
-            fsdp.shard(model, data_parallel_mesh(mesh), config.parallel)
-        model.to_empty(device=self.device)
-        model.rebuild_rope_tables()
-        if self.layout.pp == 1:
-            return model, OneStage(model, config.parallel)
-        tokens_shared_by = self.layout.cp * self.layout.tp
-        return model, Pipeline(model, config.parallel, mesh["pp"], tokens_shared_by=tokens_shared_by)
-
-    def _find_parameters(self) -> dict[str, nn.Parameter | FlatPart]:
-        """What this rank has of the parameters, by name."""
-        if self.config.parallel.sharding == "fairscale":
-            from llamatrain.parallel import fairscale
-
-            return {**fairscale.named_parameters(self.model)}
-        return dict(self.model.named_parameters())
 
     def _open_sinks(self, resources: ExitStack) -> tuple[MetricsLog | None, list[Sink]]:
         """Where records go; on rank 0 only."""
