@@ -111,8 +111,8 @@ class Trainer:
         per_rank = micro_batches(self.config, self.world.size)
         return (
             f"{parameter_count(self.config.model):,} parameters on {self.world.size} x {train.device} ({spread}), "
-            f"{train.precision}{', compiled' if train.compile else ''}, recompute {self.config.parallel.recompute}, attention "
-            f"{self.config.model.attention}; a step is {per_rank} micro-batches of {train.micro_batch} on each"
+            f"{train.precision}{', compiled' if train.compile else ''}, recompute {self.config.parallel.recompute}, "
+            f"attention {self.config.model.attention}; a step is {per_rank} micro-batches of {train.micro_batch} on each"
             f"{self.passes.remark(per_rank)}"
         )
 
