@@ -112,8 +112,8 @@ class Trainer:
         return (
             f"{parameter_count(self.config.model):,} parameters on {self.world.size} x {train.device} ({spread}), "
             f"{train.precision}{', compiled' if train.compile else ''}, recompute {self.config.parallel.recompute}, "
-            f"attention {self.config.model.attention}; a step is {per_rank} micro-batches of {train.micro_batch} on each"
-            f"{self.passes.remark(per_rank)}"
+            f"attention {self.config.model.attention}; "
+            f"a step is {per_rank} micro-batches of {train.micro_batch} on each{self.passes.remark(per_rank)}"
         )
 
     # ------------------------------------------------------------------ composition

@@ -74,7 +74,8 @@ def visible_keys(batch: int, queries: int, keys: int, documents: Documents, devi
     causal = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
     if documents is None:
         return causal
-    lengths = torch.tensor(documents, device=device)
+    on_cuda = device.type == "cuda"  # from pinned memory the host need not wait for the copy
+    lengths = torch.tensor(documents, pin_memory=on_cuda).to(device, non_blocking=on_cuda)
     numbers = torch.arange(len(documents), device=device)
     document = numbers.repeat_interleave(lengths, output_size=batch * keys).view(batch, 1, keys)
     return causal & (document[..., keys - queries :, None] == document[..., None, :])

@@ -23,7 +23,7 @@ from llamatrain.arithmetic import block_parameters, parameter_count, peak_flops,
 from llamatrain.config import RunConfig
 from llamatrain.config.parallel import Layout, ParallelConfig, layout
 from llamatrain.device import PRECISIONS, device_name, finish
-from llamatrain.distributed import World
+from llamatrain.distributed import World, all_gather_single
 from llamatrain.errors import ConfigError
 from llamatrain.flat import FlatPart
 from llamatrain.parallel.mesh import SHARDS
@@ -186,8 +186,7 @@ def gather_rate(group: dist.ProcessGroup, message: int, device: torch.device) ->
     ranks = dist.get_world_size(group)
     own = torch.zeros(max(1, message // ranks // 4), device=device)
     whole = torch.zeros(ranks * own.numel(), device=device)
-    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
-    seconds = median_seconds(lambda: all_gather(whole, own, group=group), device)
+    seconds = median_seconds(lambda: all_gather_single(whole, own, group=group), device)
     return whole.nbytes / seconds
 
 
