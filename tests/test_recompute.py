@@ -319,6 +319,24 @@ def test_on_cuda_the_device_is_the_budget(monkeypatch: pytest.MonkeyPatch) -> No
         resolve_recompute(run_config(micro_batch=32), CUDA, 64)
 
 
+def test_a_choice_by_name_is_kept_unless_the_model_cannot_fit(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(recompute_module, "memory_total_gib", lambda device: 24.0)
+    assert resolve_recompute(run_config(micro_batch=1, recompute="full"), CUDA, 64) == "full"
+    assert "may need" not in caplog.text
+    assert resolve_recompute(run_config(micro_batch=16, recompute="none"), CUDA, 64) == "none"
+    assert re.search(r"recompute=none may need \d+\.\d\d GiB, 90% of the device is 21\.60", caplog.text)
+    for choice in ("none", "auto"):
+        with pytest.raises(
+            ConfigError,
+            match=r"weights, gradients and moments alone need 50\.\d\d GiB on each device, 90% of the device is "
+            r"21\.60: "
+            r"spread the weights over more than parallel\.dp_shard=2 ranks",
+        ):
+            resolve_recompute(run_config(recompute=choice), CUDA, 2)
+
+
 def test_on_the_cpu_auto_is_none_unless_a_budget_is_given() -> None:
     assert resolve_recompute(run_config(micro_batch=1000), CPU, 1) == "none"
     assert resolve_recompute(run_config(recompute="full"), CPU, 1) == "full"

@@ -138,36 +138,34 @@ def is_fused_attention(name: str) -> bool:
 def resolve_recompute(config: RunConfig, device: torch.device, world_size: int) -> str:
     """`parallel.recompute` with `auto` decided: the cheapest choice that fits; on the CPU, without a budget, none.
 
-    Logs what each choice tried would need. Raises ConfigError if none fits. Precision and attention are resolved.
+    Logs what each choice tried would need. Raises ConfigError if none fits, and for a choice by name if not even what
+    is held all the time does. Precision and attention are resolved.
     """
     parallel = config.parallel
-    if parallel.recompute != "auto":
-        return parallel.recompute
     available = parallel.recompute_budget_gib
     if available is None and device.type != "cuda":
-        return "none"
+        return "none" if parallel.recompute == "auto" else parallel.recompute
     if available is None:
         available = USABLE * memory_total_gib(device)
-    for choice in RECOMPUTE:
+    for choice in RECOMPUTE if parallel.recompute == "auto" else (parallel.recompute,):
         parts = {name: size / 2**30 for name, size in training_memory(config, choice, world_size=world_size).items()}
         needed = sum(parts.values())
         arithmetic = " + ".join(f"{name} {size:.2f}" for name, size in parts.items() if size)
-        fits = needed <= available
-        log.info(
-            "recompute=%s needs %.2f GiB of %.2f (%s): %s",
-            choice,
-            needed,
-            available,
-            arithmetic,
-            "chosen" if fits else "too much",
-        )
-        if fits:
+        fits = "chosen" if needed <= available else "too much"
+        log.info("recompute=%s needs %.2f GiB of %.2f (%s): %s", choice, needed, available, arithmetic, fits)
+        if needed <= available:
             return choice
     whose = (
         "parallel.recompute_budget_gib allows" if parallel.recompute_budget_gib else f"{USABLE:.0%} of the device is"
     )
+    held = parts["weights, gradients, moments"]
+    if parallel.recompute != "auto" and held <= available:  # the formula estimates from above: it may still fit
+        log.warning("parallel.recompute=%s may need %.2f GiB, %s %.2f", parallel.recompute, needed, whose, available)
+        return parallel.recompute
+    what = "even parallel.recompute=full needs" if held <= available else "weights, gradients and moments alone need"
+    micro_batch = f"lower train.micro_batch={config.train.micro_batch}, or " if held <= available else ""
+    ranks = layout(parallel, world_size)
     raise ConfigError(
-        f"even parallel.recompute=full needs {needed:.2f} GiB on each device, {whose} {available:.2f}: "
-        f"lower train.micro_batch={config.train.micro_batch}, or spread the weights over more than "
-        f"parallel.dp_shard={layout(parallel, world_size).dp_shard} ranks"
+        f"{what} {needed if held <= available else held:.2f} GiB on each device, {whose} {available:.2f}: "
+        f"{micro_batch}spread the weights over more than parallel.dp_shard={ranks.dp_shard} ranks"
     )
