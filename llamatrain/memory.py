@@ -184,8 +184,10 @@ class _Stage:
         """The logits of one chunk, in fp32 too if they are not, and gradients; later the scaled ones beside them."""
         if not self.last:
             return 0
-        logits = self.model.vocab_size / self.mesh.tp * (self.e if self.e == 4 else self.e + 4) + VECTORS
-        logits *= self._chunk
+        element = self.e if self.e == 4 else self.e + 4
+        if self._compiled and self.mesh.tp == 1:
+            element = 2 * self.e  # and their gradient
+        logits = self._chunk * (self.model.vocab_size / self.mesh.tp * element + VECTORS)
         product = self.e * self.head if self.e < 4 and self._chunk < self.tokens else 0
         scaled = self.tokens * self.model.dim * self.e + (self.e + reduced_bytes(self.config)) * self.head
         return self._loss_gradients() + max(logits + product, scaled)

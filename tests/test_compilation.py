@@ -77,6 +77,23 @@ def test_a_function_is_compiled_once_for_all_layers_steps_and_documents(mode: st
     assert not counters["graph_break"]
 
 
+def test_the_loss_is_that_of_the_eager_model_tied_or_not() -> None:
+    for tied in (False, True):
+        plain, model = tiny(tied_embeddings=tied, **SHAPE), tiny(tied_embeddings=tied, **SHAPE)
+        apply_compile(model)
+        tokens, targets = some_tokens(2, 24), some_tokens(2, 24, seed=1)
+        targets[0, :5] = -100
+        counters.clear()
+        losses = [each(tokens, targets=targets) for each in (plain, model)]
+        assert graphs() == 4  # rms_norm, rope, swiglu, cross_entropy
+        assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-6)
+        for loss in losses:
+            loss.backward()
+        for (name, p), q in zip(plain.named_parameters(), model.parameters(), strict=True):
+            assert p.grad is not None and q.grad is not None
+            assert (q.grad - p.grad).abs().max() <= 1e-5 * p.grad.abs().max(), name
+
+
 def test_only_training_is_compiled() -> None:
     model, plain = tiny(**SHAPE), tiny(**SHAPE)
     apply_compile(model)

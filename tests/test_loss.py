@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from llamatrain import memory
 from llamatrain.distributed import World
+from llamatrain.model.elementwise import cross_entropy
 from llamatrain.model.loss import (
     IGNORE_INDEX,
     VocabularyShards,
@@ -72,6 +73,27 @@ def check_same(found: Result, expected: Result, *, tolerance: float) -> None:
         assert a.dtype == b.dtype and a.shape == b.shape, name
         largest = b.abs().max() if b.numel() else torch.tensor(0.0)
         assert ((a - b).abs() <= tolerance * largest).all(), name
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["as it stands", "compiled"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("chunk_tokens", [None, 7])
+def test_the_function_to_compile_gives_the_formula(
+    chunk_tokens: int | None, dtype: torch.dtype, tolerance: float, compiled: bool
+) -> None:
+    function = torch.compile(cross_entropy, dynamic=False, fullgraph=True) if compiled else cross_entropy
+    case = some_case(20, 16, 37, dtype=dtype)
+    check_same(by_chunks(case, chunk_tokens, compiled=function), by_formula(case), tolerance=tolerance)
+    masked = Case(case.h, case.weight, torch.full_like(case.targets, IGNORE_INDEX))
+    assert by_chunks(masked, compiled=function).loss == 0
+    assert not by_chunks(masked, compiled=function).dh.any()
+
+
+@pytest.mark.parametrize("row", [37, -1])
+def test_the_function_to_compile_has_no_loss_for_what_is_no_token(row: int) -> None:
+    case = some_case(5, 16, 37)
+    case.targets[2] = row
+    assert by_chunks(case, compiled=cross_entropy).loss.isnan()
 
 
 # ---------------------------------------------------------------------- on one rank

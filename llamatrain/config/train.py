@@ -18,7 +18,7 @@ class TrainConfig:
     precision: str = "auto"  # compute in bf16 | fp32 (weights are fp32); auto: bf16 on CUDA, fp32 on CPU
     device: str = "auto"  # auto | cpu | cuda
     deterministic: bool = False  # bitwise repeatable on CUDA too, slower; on CPU it always is
-    compile: bool | None = None  # elementwise operations by torch.compile, for training; null: on CUDA yes, on CPU no
+    compile: bool | None = None  # what is elementwise, by torch.compile, for training; null: on CUDA yes, on CPU no
     collect_garbage_every_steps: int = 50  # Python's garbage, by all ranks at the same steps; 0: as Python sees fit
     stop_after_step: int | None = None  # save and leave after this step; the schedule does not change
     max_starts_without_progress: int = 10  # so many starts that came to no checkpoint, and a person has to look

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llamatrain.errors import ConfigError
 from llamatrain.model.elementwise import EAGER, Elementwise
-from llamatrain.model.llama import Attention, FeedForward, Llama, RMSNorm
+from llamatrain.model.llama import Attention, Embedding, FeedForward, Head, Llama, RMSNorm
 
 log = getLogger("llamatrain")
 
@@ -29,7 +29,7 @@ def apply_compile(model: Llama) -> None:
     """Let the model use compiled functions wherever it takes gradients. Parameters keep their names."""
     compiled = compiled_functions()
     for module in model.modules():
-        if isinstance(module, (RMSNorm, Attention, FeedForward)):
+        if isinstance(module, (RMSNorm, Attention, FeedForward, Embedding, Head)):
             module.elementwise = compiled
 
 

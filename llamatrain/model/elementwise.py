@@ -1,4 +1,4 @@
-"""What a block does to every number or every token by itself: norms, rotations, SwiGLU, and their gradients.
+"""What is done to every number or every token by itself: norms, rotations, SwiGLU, the loss, and their gradients.
 
 `llamatrain.model.llama` lets autograd differentiate them, `llamatrain.model.block_backward` does it by hand; both take
 them from here. They compute in fp32 (fp64 stays fp64) and return the dtype of their input.
@@ -82,6 +82,22 @@ def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
     return torch.ops.aten.silu_backward(dactive, gate), dup, product
 
 
+def cross_entropy(logits: Tensor, row: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """-log p(row) of each token [n, 1], fp32, and the gradient of its logits [n, V], in their dtype; 0 if not `valid`.
+
+    row int64 [n, 1], valid bool [n, 1]. A row that is none of the vocabulary makes NaN, not an error.
+    """
+    shifted = at_least_fp32(logits)
+    shifted = shifted - shifted.amax(1, keepdim=True)
+    exps = shifted.exp()
+    total = exps.sum(1, keepdim=True)
+    here = torch.arange(logits.shape[1], device=logits.device) == row  # [n, V]
+    at_target = shifted.where(here, 0).sum(1, keepdim=True)
+    known = (row >= 0) & (row < logits.shape[1])
+    loss = (total.log() - at_target).where(known, float("nan")).where(valid, 0)
+    return loss, (exps / total - here.to(exps.dtype)).where(valid, 0).to(logits.dtype)
+
+
 class Elementwise(NamedTuple):
     """All of them, as they stand or compiled."""
 
@@ -93,6 +109,8 @@ class Elementwise(NamedTuple):
     rope_backward: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = rope_backward
     swiglu: Callable[[Tensor, Tensor], Tensor] = swiglu
     swiglu_backward: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] = swiglu_backward
+
+    cross_entropy: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = cross_entropy
 
     def while_training(self) -> "Elementwise":
         """These where gradients are taken; elsewhere, where shapes change from call to call, those as they stand."""

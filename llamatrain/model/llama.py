@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from llamatrain.config.model import ModelConfig
 from llamatrain.model.attention import Attend
-from llamatrain.model.elementwise import EAGER
+from llamatrain.model.elementwise import EAGER, Elementwise
 from llamatrain.model.loss import linear_cross_entropy_sum
 from llamatrain.model.rope import rope_tables
 from llamatrain.model.sharing import ALONE, Alone, on_this_rank
@@ -39,16 +39,16 @@ class Linear(nn.Linear):
 class Head(Linear):
     """Logits, or the loss where targets are given: a module of its own, since sharding gathers weights for modules."""
 
-    sharing = ALONE
+    sharing, elementwise = ALONE, EAGER
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
-        return logits_or_loss(x, self.weight, targets, self.sharing)
+        return logits_or_loss(x, self.weight, targets, self.sharing, self.elementwise)
 
 
 class Embedding(nn.Module):
     """A row of the weight [V, D] per token; the memory is left as it is: init_weights or a checkpoint fills it."""
 
-    sharing = ALONE
+    sharing, elementwise = ALONE, EAGER  # the latter for a head that is tied to it
 
     def __init__(self, vocab_size: int, dim: int) -> None:
         super().__init__()
@@ -256,14 +256,19 @@ class Llama(nn.Module):
         h = self.norm(h)
         if self.output is None:
             assert self.tok_embeddings is not None, "a tied head lies where the embedding does"
-            return logits_or_loss(h, self.tok_embeddings.weight, targets, self.tok_embeddings.sharing)
+            head = self.tok_embeddings
+            return logits_or_loss(h, head.weight, targets, head.sharing, head.elementwise)
         out: Tensor = self.output(h, targets)
         return out
 
 
-def logits_or_loss(h: Tensor, weight: Tensor, targets: Tensor | None, sharing: Alone) -> Tensor:
+def logits_or_loss(
+    h: Tensor, weight: Tensor, targets: Tensor | None, sharing: Alone, elementwise: Elementwise
+) -> Tensor:
     """h W^T [B, T, V] in h's dtype (of this rank's part of V), or the sum of the targets' losses under it."""
     h, weight = sharing.gather(h), on_this_rank(weight).to(h.dtype)
     if targets is None:
         return F.linear(h, weight)
-    return linear_cross_entropy_sum(h, weight, targets, shards=sharing.vocabulary(weight))
+    shards, functions = sharing.vocabulary(weight), elementwise.while_training()
+    compiled = None if functions is EAGER or shards is not None else functions.cross_entropy
+    return linear_cross_entropy_sum(h, weight, targets, shards=shards, compiled=compiled)

@@ -13,6 +13,7 @@ only. The ranks exchange, per token, a maximum and two sums.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,6 +25,9 @@ from torch.autograd.function import once_differentiable
 from llamatrain.memory import tokens_per_chunk
 
 IGNORE_INDEX = -100  # targets with this value carry no loss
+
+
+LossAndGradient = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -43,13 +47,15 @@ def linear_cross_entropy_sum(
     ignore_index: int = IGNORE_INDEX,
     shards: VocabularyShards | None = None,
     chunk_tokens: int | None = None,
+    compiled: LossAndGradient | None = None,
 ) -> Tensor:
     """Sum of -log p(target) in nats over the targets that are not `ignore_index`, p = softmax(h W^T); no target: 0.
     An fp32 scalar, fp64 if h is; the logits are never whole in memory.
 
     h [B, T, D] or [N, D], weight [V, D] of h's dtype, targets int64 [B, T] or [N]. Logits are rounded to h's dtype,
     the loss is fp32; the gradient of the weight is added up over chunks in fp32 and rounded once. There is no second
-    derivative. chunk_tokens: tokens at a time, at most; by default as `tokens_per_chunk` has it.
+    derivative. chunk_tokens: tokens at a time, at most; by default as `tokens_per_chunk` has it. compiled: what makes
+    losses and gradients of a chunk's logits, as `elementwise.cross_entropy`; not with `shards`.
 
     With `shards`, weight [rows, D] is this rank's part of the vocabulary (rows may differ between ranks, or be none),
     and all ranks of the group call with the same h, targets and chunk_tokens. The loss is whole, the same on every
@@ -66,7 +72,7 @@ def linear_cross_entropy_sum(
     if chunk_tokens < 1:
         raise ValueError(f"linear_cross_entropy_sum: chunk_tokens={chunk_tokens}")
     loss: Tensor = _LinearCrossEntropySum.apply(
-        tokens, weight, targets, ignore_index, shards, chunk_tokens, torch.is_grad_enabled()
+        tokens, weight, targets, ignore_index, shards, chunk_tokens, torch.is_grad_enabled(), compiled
     )
     return loss
 
@@ -95,27 +101,35 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         shards: VocabularyShards | None,
         chunk_tokens: int,
         recorded: bool,  # needs_input_grad does not know of no_grad
+        compiled: LossAndGradient | None,
     ) -> Tensor:
         needs_h, needs_weight = (recorded and needed for needed in ctx.needs_input_grad[:2])
         full, count, rows = torch.promote_types(h.dtype, torch.float32), len(h), len(weight)
         most = min(count, chunk_tokens)
         logits_memory = h.new_empty(most, rows)
-        exps_memory = logits_memory if full == h.dtype else torch.empty_like(logits_memory, dtype=full)
+        exps_memory = logits_memory if compiled or full == h.dtype else torch.empty_like(logits_memory, dtype=full)
         losses = h.new_empty(count, dtype=full)
         dh = torch.empty_like(h) if needs_h else None
-        dweight = torch.zeros_like(weight, dtype=full if count > most else h.dtype) if needs_weight else None
+        one_chunk = count <= most and count > 0
+        dweight = torch.zeros_like(weight, dtype=h.dtype if count <= most else full) if needs_weight else None
         product = torch.empty_like(weight) if dweight is not None and dweight.dtype != h.dtype else None
         for start in range(0, count, chunk_tokens):
             chunk = slice(start, min(start + chunk_tokens, count))
             target = _find(targets[chunk], rows, ignore_index, shards)
             logits = torch.mm(h[chunk], weight.t(), out=logits_memory[: chunk.stop - start])  # [n, V]
-            exps = logits if full == h.dtype else exps_memory[: len(logits)].copy_(logits)
-            losses[chunk], total = _exponentials(exps, target, shards)
-            if needs_h or needs_weight:
-                dlogits = logits.copy_(_gradient(exps, total, target))  # not copied where it is the same tensor
+            if compiled is not None:
+                loss, dlogits = compiled(logits, target.row, target.valid)
+                losses[chunk] = loss[:, 0]
+            else:
+                exps = logits if full == h.dtype else exps_memory[: len(logits)].copy_(logits)
+                losses[chunk], total = _exponentials(exps, target, shards)
+                if needs_h or needs_weight:
+                    dlogits = logits.copy_(_gradient(exps, total, target))  # not copied where it is the same tensor
             if dh is not None:
                 torch.mm(dlogits, weight, out=dh[chunk])
-            if dweight is not None:
+            if dweight is not None and one_chunk:
+                torch.mm(dlogits.t(), h, out=dweight)
+            elif dweight is not None:
                 _add_product(dweight, dlogits.t(), h[chunk], memory=product)
         ctx.save_for_backward(dh, dweight)
         ctx.dtype = h.dtype
@@ -125,7 +139,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dh, dweight = (None if x is None else _scaled(x, grad, ctx.dtype) for x in ctx.saved_tensors)
-        return dh, dweight, None, None, None, None, None
+        return dh, dweight, None, None, None, None, None, None
 
 
 class _Target(NamedTuple):

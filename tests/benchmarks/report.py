@@ -18,7 +18,7 @@ REST = "Python, and waiting"
 # Kinds of operators by their names, the first that matches: torch's own, inductor's and CUDA kernels.
 KINDS = {
     "attention": r"flash|fmha|efficient_attention|cudnn_attention|scaled_dot_product|cudnn_generated_fort_native_sdpa",
-    PRODUCTS: r"aten::(add|b|badd)?mm$|aten::(matmul|linear|einsum)$|mkldnn.*linear|gemm|nvjet|xmma|cutlass",
+    PRODUCTS: r"aten::(add|b|badd)?mm_?$|aten::(matmul|linear|einsum)$|mkldnn.*linear|gemm|nvjet|xmma|cutlass",
     "optimizer and clipping": r"adam|_foreach_|clip_coef|linalg_vector_norm|multi_tensor_apply",
     "loss": r"softmax|nll_loss|logsumexp|cross_entropy",
     "compiled elementwise kernels": r"cpp_fused|triton_",
