@@ -127,6 +127,7 @@ def alone(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     return course_of(World(), config_for(tmp_path_factory.mktemp("alone"), sources, micro_batch=GLOBAL_BATCH))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "micro_batch", "parallel"),
     [
@@ -147,6 +148,7 @@ def test_stages_change_nothing(
     check_same_course(alone, courses[0])
 
 
+@pytest.mark.slow
 def test_neither_do_stages_of_uneven_depth_whose_ranks_share_layers(sources: dict[str, Path], tmp_path: Path) -> None:
     model = {"n_layers": 3, "vocab_size": 516}
     plain = course_of(World(), config_for(tmp_path / "1", sources, micro_batch=GLOBAL_BATCH, model=model))
@@ -234,6 +236,7 @@ def peak_of_a_step(world: World, config: RunConfig) -> int:
     return live.peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_the_peak_of_a_step_is_within_the_sum_of_its_parts(
@@ -267,6 +270,7 @@ def test_a_resumed_run_is_bitwise_the_unbroken_one(sources: dict[str, Path], tmp
     assert_same_run(whole, broken, step=STEPS)
 
 
+@pytest.mark.slow
 def test_from_two_stages_to_one_process_to_more_and_none(sources: dict[str, Path], tmp_path: Path) -> None:
     """Losses, norms and validation of every leg are those of one process from the start."""
     alone, moved = tmp_path / "alone", tmp_path / "moved"
