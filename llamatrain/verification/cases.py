@@ -19,7 +19,7 @@ from llamatrain.config import (
     SourceConfig,
     TrainConfig,
 )
-from llamatrain.config.parallel import RECOMPUTE
+from llamatrain.config.parallel import RECOMPUTE, ParallelConfig, layout
 
 STEPS = 20
 GLOBAL_BATCH = 8  # sequences, on up to four ranks
@@ -47,6 +47,7 @@ class Case:
     model: dict[str, Any] = field(default_factory=dict)
     precision: str = "fp32"
     sequences: int = GLOBAL_BATCH
+    micro_batch: int = 1
 
     @property
     def name(self) -> str:
@@ -60,7 +61,7 @@ class Case:
     @property
     def plain(self) -> "Case":
         """The same model in one process, without anything."""
-        return replace(self, ranks=1, parallel={})
+        return replace(self, ranks=1, parallel={}, micro_batch=self.sequences // 2)
 
     def config(self, run_dir: str, data: str) -> RunConfig:
         """The run of this case: documents masked, so that ranks and micro-batches have unequal numbers of targets."""
@@ -73,7 +74,7 @@ class Case:
                 steps=STEPS,
                 global_batch_tokens=self.sequences * SEQ_LEN,
                 precision=self.precision,
-                micro_batch=1,
+                micro_batch=self.micro_batch,
                 compile=False,  # rounds otherwise in bf16
             ),
             optim=OptimConfig(lr=3e-4, warmup_steps=10, schedule_steps=100, clip_norm=0.5),
@@ -87,7 +88,11 @@ class Case:
 def all_cases(ranks: int, *, ranks_per_node: int) -> Iterator[Case]:
     """Every axis alone and together with the others, on so many processes."""
     sequences = max(GLOBAL_BATCH, 2 * ranks)  # two micro-batches on each
-    return (replace(case, sequences=sequences) for case in _layouts(ranks, ranks_per_node))
+    for case in _layouts(ranks, ranks_per_node):
+        mesh = layout(ParallelConfig(**case.parallel), ranks)
+        shared = mesh.data_parallel < ranks  # the fewer micro-batches, the fewer messages of such layouts; two a stage
+        micro_batch = max(1, sequences // mesh.data_parallel // (2 * mesh.pp)) if shared else 1
+        yield replace(case, sequences=sequences, micro_batch=micro_batch)
 
 
 def _layouts(ranks: int, ranks_per_node: int) -> Iterator[Case]:
