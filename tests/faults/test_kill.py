@@ -85,6 +85,7 @@ def kill_once(config: RunConfig, rng: random.Random, when: str) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # twenty starts, each of which imports torch
 def test_twenty_kills_end_in_the_bits_of_the_undisturbed_run(
     tiny_dataset: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
