@@ -6,6 +6,7 @@ every sequence (Korthikanti et al., arXiv 2205.05198, section 4.2.2). So tokens 
 of each half of a block, and after its last product partial sums are added up and scattered to whose tokens they are.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,11 +49,11 @@ class TensorParallel(Alone):
     size: int
 
     def gather(self, x: Tensor) -> Tensor:
-        out: Tensor = _Gather.apply(x, self)
+        out: Tensor = _Exchange.apply(x, self, _all_tokens, _own_tokens_of_sum)
         return out
 
     def scatter(self, x: Tensor) -> Tensor:
-        out: Tensor = _Scatter.apply(x, self)
+        out: Tensor = _Exchange.apply(x, self, _own_tokens_of_sum, _all_tokens)
         return out
 
     def embed(self, tokens: Tensor, weight: Tensor, *, dtype: torch.dtype) -> Tensor:
@@ -67,6 +68,7 @@ class TensorParallel(Alone):
 
 
 ALONE = Alone()
+Exchange = Callable[[Tensor, TensorParallel], Tensor]
 
 
 def on_this_rank(weight: Tensor) -> Tensor:
@@ -77,26 +79,17 @@ def on_this_rank(weight: Tensor) -> Tensor:
     return weight.to_local(grad_placements=placements)
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, ranks: TensorParallel) -> Tensor:
-        ctx.ranks = ranks
-        return _all_tokens(x, ranks)
+class _Exchange(torch.autograd.Function):
+    """One of the two exchanges below; its gradient is the other."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _own_tokens_of_sum(grad, ctx.ranks), None
-
-
-class _Scatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, ranks: TensorParallel) -> Tensor:
-        ctx.ranks = ranks
-        return _own_tokens_of_sum(x, ranks)
+    def forward(ctx: Any, x: Tensor, ranks: TensorParallel, there: Exchange, back: Exchange) -> Tensor:
+        ctx.ranks, ctx.back = ranks, back
+        return there(x, ranks)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _all_tokens(grad, ctx.ranks), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.back(grad, ctx.ranks), None, None, None
 
 
 def _all_tokens(x: Tensor, ranks: TensorParallel) -> Tensor:

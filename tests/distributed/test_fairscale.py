@@ -1,10 +1,11 @@
 """fairscale's FSDP: the same run as the plain model's, the same checkpoints; on gloo ranks by way of `cpu_streams`."""
 
+import io
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -271,13 +272,16 @@ def test_a_resumed_run_is_bitwise_the_unbroken_run(sources: dict[str, Path], tmp
             assert mine[name] == pytest.approx(theirs[name], rel=1e-5)
 
 
-def rehearsed(world: World, config: RunConfig) -> None:
-    with fairscale_trainer(config, world) as (trainer, _):
+def rehearsed(world: World, config: RunConfig) -> str:
+    with redirect_stdout(io.StringIO()) as told, fairscale_trainer(config, world) as (trainer, _):
         rehearse(trainer)
+    return told.getvalue()
 
 
 def test_it_can_be_rehearsed(sources: dict[str, Path], tmp_path: Path) -> None:
-    on_ranks(2, rehearsed, config_for(tmp_path, sources))
+    told, silence = on_ranks(2, rehearsed, config_for(tmp_path, sources))
+    assert "what came back is what was saved" in told
+    assert silence == ""
 
 
 # Refusals
