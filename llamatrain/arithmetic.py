@@ -92,6 +92,11 @@ def flops_per_token(model: ModelConfig, seq_len: int, *, causal: bool = False) -
     return 6 * parameter_count(model) + (attention // 2 if causal else attention)
 
 
+def element_bytes(config: RunConfig) -> int:
+    """Bytes of an element of what products take: weights as they are gathered, and activations."""
+    return 2 if config.train.precision == "bf16" else 4
+
+
 def reduced_bytes(config: RunConfig) -> int:
     """Bytes of a gradient's element on its way to where it is kept."""
     return 2 if config.parallel.reduce_dtype == "bf16" else 4
@@ -123,8 +128,8 @@ def tokens_that_hide(
     embedding and the head, one gather each a micro-batch.
     """
     parallel, ranks = config.parallel, layout(config.parallel, world_size)
-    e, r = 2 if config.train.precision == "bf16" else 4, reduced_bytes(config)
-    one = config.global_batch == config.train.micro_batch * ranks.data_parallel  # the first micro-batch is the last
+    e, r = element_bytes(config), reduced_bytes(config)
+    one = micro_batches(config, world_size) == 1
     weights = e if ranks.shards > 1 else 0
 
     def backward(*, reduced: bool, summed: bool) -> float:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from llamatrain.arithmetic import (
     block_parameters,
+    element_bytes,
     micro_batches,
     micro_batches_in_flight,
     reduced_bytes,
@@ -103,7 +104,7 @@ class _Stage:
         self.config, self.parallel, self.recompute, self.world_size = config, config.parallel, recompute, world_size
         self.layers = len(stage_layers(config.model.n_layers, self.mesh.pp)[stage])
         self.in_flight = micro_batches_in_flight(config, world_size, stage)
-        self.model, self.e = config.model, 2 if config.train.precision == "bf16" else 4
+        self.model, self.e = config.model, element_bytes(config)
         self.tokens = config.train.micro_batch * config.data.seq_len // self.mesh.cp
         self.block = block_parameters(config.model) / self.mesh.tp
         self.head = config.model.vocab_size * config.model.dim / self.mesh.tp

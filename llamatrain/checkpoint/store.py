@@ -277,10 +277,10 @@ class Reader:
                     f"{self.checkpoint}: it is of another model: {name} is {entry['dtype']} {entry['shape']} there, "
                     f"{_dtype_name(target.dtype)} {list(target.shape)} here"
                 )
-        self._copychunks_of(group, targets)
+        self._copy_chunks(group, targets)
 
     @torch.no_grad()
-    def _copychunks_of(self, group: str, targets: Mapping[str, Tensor | FlatPart]) -> None:
+    def _copy_chunks(self, group: str, targets: Mapping[str, Tensor | FlatPart]) -> None:
         by_rank: dict[int, list[tuple[str, list[int], list[int], _Part]]] = {}
         for name, target in targets.items():
             parts = [part for part in (_Part(*box) for box in local_boxes(target)) if not part.empty]

@@ -19,7 +19,14 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from llamatrain.arithmetic import block_parameters, parameter_count, peak_flops, tokens_that_hide
+from llamatrain.arithmetic import (
+    block_parameters,
+    element_bytes,
+    parameter_count,
+    peak_flops,
+    reduced_bytes,
+    tokens_that_hide,
+)
 from llamatrain.config import RunConfig
 from llamatrain.config.parallel import Layout, ParallelConfig, layout
 from llamatrain.device import PRECISIONS, device_name, finish
@@ -89,11 +96,14 @@ def advice(config: RunConfig, rates: Rates, world_size: int, *, per_node: int) -
     yield _larger_micro_batch(config, wanted=config.train.micro_batch * max(needs.values()) / tokens, size=world_size)
     parallel, ranks = config.parallel, layout(config.parallel, world_size)
     held = parameter_count(config.model) / ranks.tp / ranks.pp / GIB
-    element = PRECISIONS[config.train.precision].itemsize
     changes: tuple[tuple[str, dict[str, Any], str], ...] = (
         ("reduce_dtype=bf16", {"reduce_dtype": "bf16"}, "sums of gradients are rounded"),
         ("reduce_scatter=last", {"reduce_scatter": "last", "all_reduce": "last"}, f"{4 * held:.2g} GiB more"),
-        ("reshard_after_forward=never", {"reshard_after_forward": "never"}, f"{element * held:.2g} GiB more"),
+        (
+            "reshard_after_forward=never",
+            {"reshard_after_forward": "never"},
+            f"{element_bytes(config) * held:.2g} GiB more",
+        ),
     )
     for name, values, cost in changes:
         then = tokens_needed(replace(config, parallel=replace(parallel, **values)), rates, world_size)
@@ -146,17 +156,15 @@ def find_rates(config: RunConfig, mesh: DeviceMesh, device: torch.device, world:
     """The rates of this run: configured, known, or measured where they are not. All ranks call it."""
     settings, ranks = config.parallel, layout(config.parallel, world.size)
     size = block_parameters(config.model) // ranks.tp
-    element = PRECISIONS[config.train.precision].itemsize
-    reduced = 2 if settings.reduce_dtype == "bf16" else 4
     found = (
         *_flops(config, device),
-        *_rate(settings.bandwidth_gib_s, mesh, SHARDS, gather_rate, element * size, device),
+        *_rate(settings.bandwidth_gib_s, mesh, SHARDS, gather_rate, element_bytes(config) * size, device),
         *_rate(
             settings.replicate_bandwidth_gib_s,
             mesh,
             "dp_replicate",
             all_reduce_rate,
-            reduced * size // ranks.shards,
+            reduced_bytes(config) * size // ranks.shards,
             device,
         ),
     )
