@@ -46,7 +46,7 @@ QUIET = [
 # Hydra's own script completes `python file.py`, not `python -m module`.
 BASH_COMPLETION = r"""
 _llamatrain_complete() {
-  local pattern='^ *([^ ]*python[0-9.]*) +-m +((llamatrain|data_tools)\.[a-z_]+) +(.*)$'
+  local pattern='^ *([^ ]*python[0-9.]*) +-m +((llamatrain|data_tools|launch)\.[a-z_]+) +(.*)$'
   [[ "$COMP_LINE" =~ $pattern ]] || return
   local interpreter="${BASH_REMATCH[1]}" module="${BASH_REMATCH[2]}" rest="${BASH_REMATCH[4]}"
   local choices="$(COMP_LINE="llamatrain $rest" "$interpreter" -m "$module" -sc query=bash)"

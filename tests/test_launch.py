@@ -57,8 +57,9 @@ sys.exit(plan["exit"])
 """
 FAKE_SRUN = """\
 #!/bin/bash
-printf '%s\\n' "${@:1:2}" > "$NOTE.srun"
-exec "${@:3}"
+while [[ $1 == --* ]]; do options+=("$1") && shift; done
+printf '%s\\n' "${options[@]}" > "$NOTE.srun"
+exec "$@"
 """
 FAKE_SCONTROL = """\
 #!/bin/bash
@@ -126,7 +127,7 @@ class Launch:
             if not (programs / name).exists():
                 (programs / name).write_text(content)
                 (programs / name).chmod(0o755)
-        unwanted = ("SLURM", "LLAMATRAIN", "NPROC", "OMP", "CUDA", "PYTHON", "MAX_RESTARTS")
+        unwanted = ("SLURM", "LLAMATRAIN", "NPROC", "OMP", "CUDA", "PYTHON", "MAX_RESTARTS", "CONTAINER")
         plan = {
             "run_dir": str(self.run_dir),
             "state": self.state,
@@ -434,3 +435,59 @@ def test_a_setup_file_that_is_missing_ends_the_job(in_slurm: Launch) -> None:
     code, output = in_slurm.run()
     assert code == 2
     assert "LLAMATRAIN_SETUP=/nowhere/setup.sh cannot be read" in output
+
+
+# ---------------------------------------------------------------------- a chain of jobs, a container
+
+
+@pytest.mark.parametrize(
+    ("state", "signalled", "exit_status", "ends", "code"),
+    [
+        (PREEMPTED, True, 0, False, 0),  # its time is over
+        (RUNNING, False, 1, False, 1),  # a crash
+        (PREEMPTED, False, 0, True, 0),  # a person's request
+        (UNHEALTHY, False, 1, True, 1),
+    ],
+)
+def test_a_job_of_a_chain_is_not_requeued_and_the_next_goes_on_only_if_that_can_help(
+    in_slurm: Launch, state: str | None, signalled: bool, exit_status: int, ends: bool, code: int
+) -> None:
+    in_slurm.environment["LLAMATRAIN_CHAIN"] = "a1"
+    in_slurm.state, in_slurm.reason, in_slurm.exit_status, in_slurm.waits = (
+        state,
+        "control/stop",
+        exit_status,
+        signalled,
+    )
+    script = in_slurm.start_and_wait_for_torchrun()
+    if signalled:
+        script.send_signal(signal.SIGUSR1)
+    output, _ = script.communicate(timeout=PATIENCE_S)
+    assert script.returncode == code, output
+    assert not in_slurm.requeued
+    assert ("the next job of the chain is to go on" in output) is not ends
+
+    (in_slurm.directory / "note").unlink()
+    in_slurm.environment["SLURM_JOB_ID"] = "123457"
+    in_slurm.state, in_slurm.waits, in_slurm.exit_status = DONE, False, 0
+    again, output = in_slurm.run()
+    assert (in_slurm.directory / "note").exists() is not ends, output
+    assert ("nothing to do, the chain has ended" in output) is ends
+    assert again == (code if ends else 0)
+
+
+def test_nodes_work_in_the_container_and_the_batch_shell_outside(in_slurm: Launch) -> None:
+    inside = in_slurm.directory / "python inside"
+    inside.write_text('#!/bin/bash\ntouch "$NOTE.inside" && exec python3 "$@"\n')
+    inside.chmod(0o755)
+    container = {"CONTAINER_IMAGE": "docker://a#b", "CONTAINER_MOUNTS": "/a b,/c:/d", "CONTAINER_PYTHON": str(inside)}
+    in_slurm.environment |= container
+    code, output = in_slurm.run()
+    assert code == 0, output
+    options = (in_slurm.directory / "note.srun").read_text().splitlines()
+    assert options[2:] == [
+        "--container-image=docker://a#b",
+        f"--container-workdir={in_slurm.directory}",
+        "--container-mounts=/a b,/c:/d",
+    ]
+    assert (in_slurm.directory / "note.inside").exists()

@@ -80,5 +80,13 @@ def test_a_wheel_in_another_environment_trains_alone_and_under_torchrun(
         "optim.warmup_steps=1", "train.device=cpu", cwd=tmp_path, python=Path("bash"), extra=environment,
     )  # fmt: skip
     assert len(list((tmp_path / "runs" / "spread" / "checkpoints" / "step-00000002").glob("model.rank*"))) == 2
-    assert f"{launcher}/slurm/train.sbatch" in map(str, Path(launcher).rglob("*.sbatch"))
+    (tmp_path / "mine" / "cluster").mkdir(parents=True)
+    (tmp_path / "mine" / "cluster" / "ours.yaml").write_text("defaults: [h100]\nname: ours\npartition: gpu\n")
+    printed = run(
+        "-m", "launch.slurm", "--config-dir=mine", "cluster=ours", "nodes=2", "model=15m", "dry_run=true",
+        f"data.sources.text.path={data}", "train.steps=2", "optim.warmup_steps=1", cwd=tmp_path, python=other,
+    )  # fmt: skip
+    assert f"--partition=gpu --mem=0 --exclusive --signal=B:USR1@300 --output={tmp_path}/runs/llama/launch" in printed
+    assert f"{launcher}/slurm/train.sbatch --config-dir=mine model=15m" in printed
+    assert Path(launcher, "slurm", "train.sbatch").exists()
     assert "before every document" in run("-m", "data_tools.tokenize_shards", "--help", cwd=tmp_path, python=other)

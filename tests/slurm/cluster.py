@@ -124,11 +124,22 @@ class Cluster:
         )
         self._spawn("slurmctld", "-c")
         for node in NODES:
-            self._spawn("slurmd", "-N", node)
+            self.start_node(node)
         try:
             wait_until(lambda: self._idle_nodes() == set(NODES), "both nodes are idle", START_PATIENCE_S)
         except TimeoutError as error:
             raise RuntimeError(f"{error}\n{self.logs()}") from None
+
+    def start_node(self, node: str) -> None:
+        self._spawn("slurmd", "-N", node)
+
+    def kill_node(self, node: str) -> None:
+        """End all that runs on a node at once and without a word, as a loss of power would."""
+        own = f"{self.directory}/run/slurmd.{node}.pid"
+        daemon = int(Path(own).read_text())
+        marks = (f"SLURMD_NODENAME={node}\0".encode(), f"{self.directory}/spool/{node}/", f"slurmd.{node}.log")
+        for pid in [daemon, *(pid for pid in self.processes() if _has(pid, *marks))]:
+            _kill(pid, signal.SIGKILL)
 
     def _spawn(self, program: str, *arguments: str) -> None:
         path = _which(program)
@@ -261,6 +272,18 @@ def wait_until(
         if time.monotonic() > deadline:
             raise TimeoutError(f"waited {patience_s:.0f} s in vain until {what}\n{explain()}")
         time.sleep(0.1)
+
+
+def _has(pid: int, variable: bytes, *paths: str) -> bool:
+    """Whether a process has this in its environment, or one of these in the name of a file that it has open."""
+    process = Path(f"/proc/{pid}")
+    try:
+        if variable in (process / "environ").read_bytes():
+            return True
+        opened = [os.readlink(link) for link in (process / "fd").iterdir()]
+    except OSError:  # it has ended meanwhile
+        return False
+    return any(path in name for name in opened for path in paths)
 
 
 def _free_ports(count: int) -> list[int]:

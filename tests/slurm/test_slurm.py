@@ -6,6 +6,7 @@ appends what a reader of status.json saw in the meantime; the tables of docs/clu
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import pytest
+import yaml
 
 import launch
 from tests.conftest import TINY_VOCAB
@@ -225,6 +227,26 @@ def test_a_job_whose_restarts_are_used_up_is_requeued_and_ends_in_the_same_bits(
     assert_same_run(undisturbed, run_dir, step=STEPS)
 
 
+def test_a_node_that_is_lost_makes_slurm_requeue_the_job_which_ends_in_the_same_bits(
+    cluster: Cluster, data: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    job = cluster.submit(*TWO_NODES, SCRIPT, *settings(run_dir, data), cwd=tmp_path, env=ENVIRONMENT)
+    wait_for_records(job, run_dir, 60)
+    cluster.kill_node("n1")
+    wait_until(lambda: job.fields()["Restarts"] == "1", "SLURM has missed the node", PATIENCE_S, job.explain)
+    cluster.start_node("n1")
+    job.wait_for_requeue(1, PATIENCE_S)
+    assert job.wait(PATIENCE_S) == "COMPLETED", job.explain()
+    assert job.fields()["Restarts"] == "1"
+    attempts = [entry["attempt"] for entry in journal(run_dir, "launch")]
+    assert attempts[0] == f"slurm-{job.number}-0"
+    assert attempts[-1] == f"slurm-{job.number}-1"
+    resumed = [entry["resumed_from"] for entry in journal(run_dir, "start")]
+    assert resumed[-1] >= 50
+    assert_same_run(undisturbed, run_dir, step=STEPS)
+
+
 def test_a_bad_configuration_is_not_requeued(cluster: Cluster, data: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     arguments = settings(run_dir, data)
@@ -285,3 +307,62 @@ def test_the_time_limit_requeues_a_run_and_scancel_ends_it_for_good(
     assert saved_steps(run_dir)[-1] == len(metrics(run_dir)) == status(run_dir)["step"]
     time.sleep(2)
     assert job.state == "CANCELLED"
+
+
+# ---------------------------------------------------------------------- python -m launch.slurm
+
+
+def launched(cluster: Cluster, cwd: Path, *arguments: str, restarts: int = 3) -> list[Job]:
+    """The jobs that `python -m launch.slurm` submits."""
+    command = [sys.executable, "-m", "launch.slurm", "cluster=local", "nodes=2", *arguments]
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "MAX_RESTARTS": str(restarts)}
+    printed = cluster.command(*command, cwd=cwd, env=environment)
+    return [Job(cluster, int(number)) for number in re.findall(r"^job (\d+),", printed, re.MULTILINE)]
+
+
+def test_launch_slurm_submits_what_trains_to_the_end(
+    cluster: Cluster, data: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "50% of a 'quoted' run"
+    name = """it's "a" $HOME [name], {of} *"""
+    (job,) = launched(cluster, tmp_path, *settings(run_dir, data, f"name={name}"))
+    assert job.wait(PATIENCE_S) == "COMPLETED", job.explain()
+    output = (run_dir / "launch" / f"job-{job.number}.out").read_text()
+    assert "not requeued: done at step 200" in output
+    assert yaml.safe_load((run_dir / "config.yaml").read_text())["name"] == name
+    assert_same_run(undisturbed, run_dir, step=STEPS)
+
+
+def test_jobs_of_a_chain_go_on_one_after_the_other_and_leave_at_once_when_all_is_done(
+    cluster: Cluster, data: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    first, second, third, fourth = launched(cluster, tmp_path, "chain=4", *settings(run_dir, data))
+    wait_for_records(first, run_dir, 40)
+    assert second.fields()["Reason"] == "Dependency"
+    first.signal_batch_shell("USR1")  # as the time limit would
+    assert first.wait(PATIENCE_S) == "COMPLETED", first.explain()
+    stopped = status(run_dir)["step"]
+    wait_for_records(second, run_dir, stopped + 20)
+    second.cancel()
+    assert second.wait(PATIENCE_S) == "CANCELLED", second.explain()
+    assert third.wait(PATIENCE_S) == "COMPLETED", third.explain()
+    assert fourth.wait(PATIENCE_S) == "COMPLETED", fourth.explain()
+    assert [job.fields()["Restarts"] for job in (first, second, third, fourth)] == ["0"] * 4
+    assert "the next job of the chain is to go on: preempted" in first.output
+    assert "not requeued: done at step 200" in third.output
+    assert "nothing to do, the chain has ended: done at step 200" in fourth.output
+    assert [entry["resumed_from"] for entry in journal(run_dir, "start")][:2] == [None, stopped]
+    assert [entry["attempt"] for entry in journal(run_dir, "start")] == [
+        f"slurm-{job.number}-0" for job in (first, second, third)
+    ]
+    assert_same_run(undisturbed, run_dir, step=STEPS)
+
+
+def test_a_run_that_is_unhealthy_ends_its_chain(cluster: Cluster, data: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    first, second = launched(cluster, tmp_path, "chain=2", *settings(run_dir, data, "optim.lr=1e30"), restarts=0)
+    assert first.wait(PATIENCE_S) == "FAILED", first.explain()
+    assert second.wait(PATIENCE_S) == "FAILED", second.explain()
+    assert "nothing to do, the chain has ended: unhealthy at step" in second.output
+    assert len(journal(run_dir, "launch")) == 1
