@@ -27,7 +27,7 @@ from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from llamatrain.config.build import build, text_keys
 from llamatrain.errors import ConfigError, LlamatrainError
-from llamatrain.process import write_error_file
+from llamatrain.process import speaks_for_its_node, write_error_file
 
 T = TypeVar("T")
 
@@ -205,11 +205,10 @@ def _missing_option(error: MissingConfigException) -> str:
 
 
 def _fail(message: str, exit_code: int) -> None:
-    """Exit with a message; of many ranks that fail alike, rank 0 prints it, and torchrun hears it from each."""
+    """Exit with a message; of many ranks that fail alike, one a node prints it, and torchrun hears it from each."""
     if os.environ.get("LLAMATRAIN_TRACEBACK") == "1":
         traceback.print_exc()
     write_error_file(message)
-    torchrun_tells = "TORCHELASTIC_ERROR_FILE" in os.environ
-    if os.environ.get("RANK", "0") == "0" or not torchrun_tells:
+    if speaks_for_its_node():
         print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(exit_code)

@@ -55,6 +55,11 @@ def be_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
 
 
+def current_device(kind: str) -> torch.device:
+    """The device of a settled `train.device`."""
+    return torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
+
 def choose_precision(name: str, device: torch.device) -> str:
     """`train.precision` with `auto` decided: bf16 on CUDA, fp32 on CPU."""
     if name == "auto":

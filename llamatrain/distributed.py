@@ -10,6 +10,7 @@ under it.
 """
 
 import json
+import logging
 import os
 import resource
 import socket
@@ -33,6 +34,8 @@ from llamatrain.errors import ConfigError, DistributedError, LlamatrainError
 from llamatrain.files import sha256_of_json
 from llamatrain.process import Process
 
+log = logging.getLogger("llamatrain")
+
 T = TypeVar("T")
 
 # by the names of torch 2.13, which warns of the earlier ones
@@ -42,6 +45,7 @@ reduce_scatter_single = getattr(dist, "reduce_scatter_single", dist.reduce_scatt
 # gloo's words for a peer that is gone
 PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Read error")
 LAST_WORDS_S = 10
+COLLECTIVES_RECORDED = 2000  # by torch's flight recorder, for the watchdog
 POLL_S = 0.02  # between two looks at the store while the ranks meet
 
 
@@ -71,6 +75,7 @@ class World:
         if self.size == 1:
             return
         _allow_open_files()
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(COLLECTIVES_RECORDED))
         host_timeout = timedelta(seconds=settings.host_timeout_s)
         self._store = meet(self.process, timeout=host_timeout)
         dist.init_process_group(
@@ -82,12 +87,23 @@ class World:
         )
         self.control = dist.new_group(backend="gloo", timeout=host_timeout)
 
-    def leave(self) -> None:
-        """Part in order, at the end of a run; after a failure processes just end."""
+    def aside(self, settings: ParallelConfig) -> "World":
+        """The same processes with agreements of their own, for a thread beside training; all ranks call it."""
+        world = World(self.process)
         if self.control is not None:
-            dist.barrier(self.control)
+            world.control = dist.new_group(backend="gloo", timeout=timedelta(seconds=settings.host_timeout_s))
+        return world
+
+    def leave(self) -> None:
+        """Part in order, at the end of a run; after a failure processes just end, and whose it was has told it."""
+        if self.control is not None:
+            control, self.control = self.control, None
+            try:
+                dist.barrier(control)
+            except RuntimeError as error:
+                log.warning("another rank did not come to the end of the run (%s)", str(error).splitlines()[0])
+                return
             dist.destroy_process_group()
-            self.control = None
 
     # ------------------------------------------------------------------ agreements between the hosts
 

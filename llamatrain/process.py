@@ -6,6 +6,7 @@ MASTER_ADDR and MASTER_PORT; without them the process is alone.
 
 import json
 import os
+import signal
 import socket
 import time
 import uuid
@@ -15,6 +16,7 @@ from pathlib import Path
 from llamatrain.errors import ConfigError
 
 PROCESS_ID = uuid.uuid4().hex[:12]
+TURN_S = 10.0  # how long others of a node let the first speak: about what its imports may take longer than theirs
 
 
 @dataclass(frozen=True)
@@ -83,3 +85,26 @@ def write_error_file(message: str) -> None:
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         content = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}
         Path(path).write_text(json.dumps({"message": content}), encoding="utf-8")
+
+
+def speaks_for_its_node() -> bool:
+    """Whether this process, about to leave with an error, is the one of its node to tell it; the others wait for it.
+
+    The processes of a node fail alike, often before they have met, and torchrun ends all the rest as soon as one has
+    left, though rank 0 may still be importing. So the node's first has its turn, and if it does not come, whoever is
+    quickest. Who speaks makes a file where torchrun keeps this attempt's error files; nobody leaves before it is there.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:  # no torchrun: nobody else to speak, or no place to agree on it
+        return True
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from here it takes moments, and who is to speak shall
+    told, deadline = Path(path).parent.parent / "told", time.monotonic() + TURN_S
+    while os.environ.get("LOCAL_RANK", "0") != "0" and not told.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    try:
+        told.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:  # better twice than never
+        return True
+    return True

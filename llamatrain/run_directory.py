@@ -1,11 +1,13 @@
 """The folder of a run: who works in it, what happened to it, how it stands. No torch.
 
-config.yaml     the resolved configuration of the run's first start
-journal.jsonl   one line per event: start, checkpoint, stop, done (append only)
+config.yaml     the resolved configuration of the run's first start, or of its last structural change
+journal.jsonl   one line per event: start, checkpoint, account, stop, done … (append only)
 status.json     how the run stands now; launch scripts decide from it
 metrics.jsonl   one line per logged step
 control/        a file `stop` or `save` put there asks for that
 logs/           what each rank had to say
+launch/         of launch.slurm: the setup file, the jobs' output, what ended a chain
+hang-…/         what was found out when the ranks came no further
 profile/        where the time of some steps went, if logging.profile_steps asked for it
 checkpoints/    step-00001234/ …
 lock            held by the process that works here
@@ -13,16 +15,21 @@ lock            held by the process that works here
 
 import fcntl
 import json
+import logging
 import os
 import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from llamatrain.errors import ConfigError, UnhealthyRun
 from llamatrain.files import fsync_path, write_json_atomically
 from llamatrain.process import attempt_id
+
+log = logging.getLogger("llamatrain")
 
 STATUS_VERSION = 1
 RUNNING, DONE, PREEMPTED, UNHEALTHY, BAD_INPUT = "running", "done", "preempted", "unhealthy", "bad_input"
@@ -44,7 +51,11 @@ class RunDirectory:
         self.attempt = attempt or attempt_id()
         self._last_heartbeat = 0.0
         self._phase: str | None = None
-        self._journal: TextIO | None = None
+        self._journal: BinaryIO | None = None
+        self._journal_torn_at: int | None = None  # where a line begins that a full disk took a part of
+        self.on_beat: Callable[[int, str], None] = lambda step, phase: None  # told each sign of life, on every rank
+        self._unwritten = False  # the last heartbeat
+        self._journal_lock = threading.Lock()  # checkpoints are committed by a thread of their own
         if leads:
             self._lock = self._take_lock()
         elif not self.path.is_dir():
@@ -54,11 +65,10 @@ class RunDirectory:
         earlier = read_status(self.path)
         self.was_done = earlier is not None and earlier["state"] == DONE
         self._step = earlier["step"] if earlier else 0
+        self.last_heartbeat: float | None = earlier.get("heartbeat") if earlier else None  # of the process before
         if leads:
             self._journal = self._open_journal()
-            for request in (self.path / "control").iterdir():
-                if _asked_by(request) not in ("", self.attempt, None):
-                    request.unlink(missing_ok=True)  # of a launch that is over: the lock was free
+            self._tidy()
 
     def _take_lock(self) -> TextIO:
         try:
@@ -75,6 +85,17 @@ class RunDirectory:
                 "status is current); stop it, or choose another name= or run_dir="
             ) from None
         return lock
+
+    def _tidy(self) -> None:
+        """Remove what a launch that is over has left: half-written files, its launcher's requests. The lock is ours."""
+        try:
+            for left in self.path.glob(".*.tmp"):
+                left.unlink(missing_ok=True)
+            for request in (self.path / "control").iterdir():
+                if _asked_by(request) not in ("", self.attempt, None):
+                    request.unlink(missing_ok=True)
+        except OSError as error:
+            raise ConfigError(f"run_dir={self.path}: cannot be written ({error.strerror})") from None
 
     @property
     def _journal_path(self) -> Path:
@@ -101,21 +122,35 @@ class RunDirectory:
             self._journal.close()
             self._lock.close()
 
-    def _open_journal(self) -> TextIO:
+    def _open_journal(self) -> BinaryIO:
         try:
             cut_lines(self._journal_path, lambda record: "event" in record)
-            return open(self._journal_path, "a", encoding="utf-8")
+            return open(self._journal_path, "ab", buffering=0)
         except OSError as error:
             raise ConfigError(f"{self._journal_path}: cannot be written ({error.strerror})") from None
 
     def record(self, event: str, **fields: Any) -> None:
-        """Append one event to the journal; it is on disk when this returns."""
+        """Append one event to the journal; it is on disk when this returns, whole. Raises OSError: then none is."""
         if self._journal is None:
             return
         line = {"event": event, "time": time.time(), "attempt": self.attempt, **fields}
-        self._journal.write(json.dumps(line) + "\n")
-        self._journal.flush()
-        os.fsync(self._journal.fileno())
+        with self._journal_lock:
+            self._append(self._journal, json.dumps(line).encode() + b"\n")
+
+    def _append(self, journal: BinaryIO, line: bytes) -> None:
+        if self._journal_torn_at is not None:
+            os.ftruncate(journal.fileno(), self._journal_torn_at)
+        self._journal_torn_at = os.fstat(journal.fileno()).st_size
+        try:
+            while line:
+                line = line[journal.write(line) :]
+            os.fsync(journal.fileno())
+        except OSError:
+            with suppress(OSError):
+                os.ftruncate(journal.fileno(), self._journal_torn_at)
+                self._journal_torn_at = None
+            raise
+        self._journal_torn_at = None
 
     def events(self, *kinds: str) -> list[dict[str, Any]]:
         """All journal entries of these kinds, oldest first."""
@@ -136,6 +171,7 @@ class RunDirectory:
         self._step = self._step if step is None else step
         self._phase = phase
         self._last_heartbeat = time.monotonic()
+        self.on_beat(self._step, phase or state)
         if self.leads:
             self._write_status(state, reason)
 
@@ -154,19 +190,45 @@ class RunDirectory:
         write_json_atomically(self.path / "status.json", status)
 
     def heartbeat(self, step: int, *, phase: str = TRAINING) -> None:
-        """Say that the run is alive, where, and at what; written when the phase changes, else every HEARTBEAT_S."""
+        """Say that the run is alive, where, and at what; written when the phase changes, else every HEARTBEAT_S.
+
+        A disk that does not take it does not end the run.
+        """
         self._step = step
+        self.on_beat(step, phase)
         if phase != self._phase or time.monotonic() - self._last_heartbeat >= HEARTBEAT_S:
-            self.set_status(RUNNING, phase=phase)
+            try:
+                self.set_status(RUNNING, phase=phase)
+            except OSError as error:
+                if not self._unwritten:
+                    log.warning("%s: the heartbeat cannot be written (%s)", self.path, error)
+                self._unwritten = True
+            else:
+                self._unwritten = False
 
     def note_failure(self, state: str, reason: str) -> None:
         """Journal a failure and set the status, from whichever rank. A crash's state is `running`.
 
-        A run that is done stays done, whatever was typed after it.
+        A run that is done stays done, whatever was typed after it. A disk that takes neither does not hide the failure.
         """
-        self.record(CRASH if state == RUNNING else state, reason=reason)
+        with self._disk_may_refuse("the failure"):
+            self.record(CRASH if state == RUNNING else state, reason=reason)
         if not (self.was_done and state == BAD_INPUT):
-            self._write_status(state, reason)
+            with self._disk_may_refuse("the status"):
+                self._write_status(state, reason)
+
+    @contextmanager
+    def _disk_may_refuse(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            log.warning("%s: %s cannot be written (%s)", self.path, what, error)
+
+    def note_hang(self, step: int, reason: str) -> None:
+        """Journal that the run hangs and set the status: from outside, as the process that leads stands still."""
+        self._journal = self._journal or self._open_journal()
+        self._step = step
+        self.note_failure(UNHEALTHY, reason)
 
     def requests(self, name: str) -> bool:
         """Whether control/<name> is there for this run; only rank 0 looks.

@@ -1,10 +1,11 @@
 """A run from the meeting of its ranks to their parting, whatever the end.
 
-Ranks meet → configurations compared → run directory opened → settings settled with the run's start → trainer. A
-failure is told once, by whoever failed first, and stands in the status, the journal, the ranks' logs, and torchrun's
-summary.
+Ranks meet → configurations compared → run directory opened → settings settled with the run's start → preflight →
+trainer. A failure is told once, by whoever failed first, and stands in the status, the journal, the ranks' logs, and
+torchrun's summary.
 """
 
+import errno
 import logging
 import os
 import sys
@@ -19,7 +20,7 @@ import yaml
 from llamatrain.config import RunConfig
 from llamatrain.config.build import build
 from llamatrain.config.parallel import check_sharding
-from llamatrain.config.resume import differences, flatten, keep_auto_choices
+from llamatrain.config.resume import check_allowed, differences, flatten, keep_auto_choices
 from llamatrain.device import check_torch, choose_device, choose_precision
 from llamatrain.distributed import World
 from llamatrain.errors import ConfigError, LlamatrainError, UnhealthyRun
@@ -27,13 +28,16 @@ from llamatrain.model.attention_choice import resolve_backend
 from llamatrain.model.compilation import check_compile, resolve_compile
 from llamatrain.observe.rank_log import CONSOLE_FORMAT, RankLog
 from llamatrain.parallel.recompute import resolve_recompute
+from llamatrain.preflight import preflight
 from llamatrain.process import attempt_id, this_process, write_error_file
 from llamatrain.resilience.control import StopRequest
+from llamatrain.resilience.watchdog import Watchdog, hang_name
 from llamatrain.run_directory import BAD_INPUT, RUNNING, STARTING, UNHEALTHY, RunDirectory
 from llamatrain.trainer import Trainer
 
 log = logging.getLogger("llamatrain")
 
+DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 FAILED_STATES = {ConfigError.exit_code: BAD_INPUT, UnhealthyRun.exit_code: UNHEALTHY}  # any other is a crash
 
 
@@ -60,18 +64,29 @@ def run_on(
     with ExitStack() as resources:
         directory = open_run_directory(config, world)
         resources.callback(directory.close)
-        rank_log = resources.enter_context(RankLog(directory.logs, world.process))
+        try:
+            watchdog = resources.enter_context(watch(config, directory, world))
+            rank_log = resources.enter_context(RankLog(directory.logs, world.process))
+        except OSError as error:
+            raise disk_told(error, directory) from error
         try:
             if not directory.was_done:  # it stays done if what was typed now is refused
                 directory.set_status(RUNNING, phase=STARTING)
             world.decide(lambda: give_up_if_hopeless(config, directory))
-            directory.record("launch", world_size=world.size)
+            directory.record("launch", world_size=world.size, last_heartbeat=directory.last_heartbeat)
             opened = resources.enter_context(ExitStack())  # closed after a failure is told: closing may hang
-            trainer = Trainer(settle(config, directory, world), directory, stop, world, opened)
+            settled = settle(config, directory, world)
+            if settled.resilience.preflight:
+                preflight(settled, directory, world)
+            trainer = Trainer(settled, directory, stop, world, opened)
             (work or Trainer.fit)(trainer)
         except BaseException as error:
-            tell_failure(error, directory, world, rank_log)
-            raise
+            watchdog.report_if_timed_out(error)
+            told = disk_told(error, directory)
+            tell_failure(told, directory, world, rank_log)
+            if told is error:
+                raise
+            raise told from error
 
 
 def open_run_directory(config: RunConfig, world: World) -> RunDirectory:
@@ -83,6 +98,24 @@ def open_run_directory(config: RunConfig, world: World) -> RunDirectory:
         directory = RunDirectory(path, attempt=attempt) if world.leads else None
     with world.together():
         return directory or RunDirectory(path, leads=False, attempt=attempt)
+
+
+def watch(config: RunConfig, directory: RunDirectory, world: World) -> Watchdog:
+    """Of this rank; it hears of every sign of life."""
+    hang = world.decide(hang_name)
+    watchdog = Watchdog(config.resilience, directory.path, world.process, hang=hang, attempt=directory.attempt)
+    directory.on_beat = watchdog.beat
+    return watchdog
+
+
+def disk_told(error: BaseException, directory: RunDirectory) -> BaseException:
+    """What a disk refused, as an error for the user; any other error as it is."""
+    if not isinstance(error, OSError) or error.errno not in DISK_REFUSES:
+        return error
+    return UnhealthyRun(
+        f"{directory.path}: the run's records cannot be written ({error}); make room or mend the disk, then start "
+        "again: it goes on from its newest checkpoint"
+    )
 
 
 def give_up_if_hopeless(config: RunConfig, directory: RunDirectory) -> None:
@@ -128,13 +161,14 @@ def settle(config: RunConfig, directory: RunDirectory, world: World) -> RunConfi
     """The configuration with every `auto` decided: as at the run's start, or now on rank 0, if this is the start.
 
     A run has started when its first checkpoint is there: until then, settings are free to be corrected. Says what
-    differs from the start. Raises ConfigError on a structural change.
+    differs from the start. Raises ConfigError on a structural change that train.resume_allow does not name.
     """
 
     def the_start() -> RunConfig | None:
         started = directory.config.exists() and directory.events("checkpoint")
         return started_with(directory.config) if started else None
 
+    check_allowed(config)
     earlier = world.decide(the_start)
     if earlier is not None:
         config = keep_auto_choices(config, earlier)
@@ -153,7 +187,8 @@ def settle(config: RunConfig, directory: RunDirectory, world: World) -> RunConfi
     config = replace(config, train=replace(train, device=device.type, precision=precision, compile=compiled))
     attention = world.decide(lambda: resolve_backend(config, device))
     config = replace(config, model=replace(config.model, attention=attention))
-    recompute = world.decide(lambda: resolve_recompute(config, device, world.size))
+    per_node = world.process.local_world_size
+    recompute = world.decide(lambda: resolve_recompute(config, device, world.size, ranks_per_node=per_node))
     return replace(config, parallel=replace(config.parallel, recompute=recompute))
 
 

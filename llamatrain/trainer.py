@@ -7,16 +7,19 @@ lines; rank 0 alone writes, prints and decides. Before it, ranks meet and settin
 
 import logging
 import math
+import socket
 import time
-from contextlib import ExitStack
+from collections.abc import Generator
+from contextlib import ExitStack, closing
+from functools import partial
 from typing import Any
 
 import torch
 import yaml
 from torch import Tensor
 
+from llamatrain import rollback
 from llamatrain.arithmetic import micro_batches, parameter_count
-from llamatrain.checkpoint import commit
 from llamatrain.config import RunConfig
 from llamatrain.config.parallel import layout
 from llamatrain.data.loader import Batch, Loader
@@ -24,32 +27,38 @@ from llamatrain.data.order import DataState, SampleOrder, describe_rounding, rou
 from llamatrain.data.sources import Source, check_tokenizers, open_sources
 from llamatrain.device import (
     be_deterministic,
+    current_device,
     describe_environment,
     device_name,
     memory_gib,
 )
 from llamatrain.distributed import World
-from llamatrain.errors import UnhealthyRun
 from llamatrain.evaluation.validation import Validation
 from llamatrain.files import write_bytes_atomically
 from llamatrain.garbage import GarbageCollection
+from llamatrain.integrity import OWN_LOSS, Integrity
 from llamatrain.model.init import init_parameters
+from llamatrain.observe.goodput import Accounts
 from llamatrain.observe.profiler import Profiler, aside
 from llamatrain.observe.records import MetricsLog, Record
 from llamatrain.observe.sinks import Console, Sink, Wandb, duration
+from llamatrain.observe.stragglers import Stragglers
 from llamatrain.observe.throughput import Throughput
-from llamatrain.optim.adamw import build_adamw, set_learning_rate
+from llamatrain.optim.adamw import build_adamw, set_learning_rate, start_anew
 from llamatrain.optim.clipping import clip_gradients
 from llamatrain.optim.schedule import learning_rate
 from llamatrain.parallel import fsdp, overlap
 from llamatrain.parallel.composition import build_model
 from llamatrain.resilience.agreement import Agreement
+from llamatrain.resilience.bad_steps import BadSteps
 from llamatrain.resilience.control import SAVE_FILE, STOP_FILE, StopRequest
+from llamatrain.resilience.guard import Guard
 from llamatrain.run_directory import (
     DONE,
     PREEMPTED,
     RUNNING,
     SAVING,
+    STARTING,
     TRAINING,
     VALIDATING,
     RunDirectory,
@@ -71,37 +80,37 @@ class Trainer:
         self.world = world
         self.layout = layout(config.parallel, world.size)
         self.share = self.layout.share(world.rank)
-        self.device = _current_device(config.train.device)
+        self.device = current_device(config.train.device)
         torch.manual_seed(config.train.seed)  # nothing in training draws from it; checkpoints hold its state
         if config.train.deterministic:
             be_deterministic()
-        environment = describe_environment(self.device)
+        nodes = world.gather(socket.gethostname())
+        environment = {**describe_environment(self.device), "hosts": len(set(nodes))}
         with world.together():
             self.tokenizer, self.sources = self._open_data()
         world.check_same("data", {source.name: source.manifest.hash for source in self.sources})
         self.model, self.passes, self.parameters = build_model(config, self.device, world_size=world.size)
         self.optimizer = build_adamw(self.parameters.items(), config.optim)
+        guard = Guard(config.resilience)
+        self.bad_steps = BadSteps(guard, self.optimizer, directory, self.device)
+        self.rollbacks = 0  # by this process
         self.snapshots = Snapshots(
-            config, directory, self.parameters, self.optimizer, self.sources, environment, self.device, world
+            config, directory, self.parameters, self.optimizer, self.sources, environment, self.device, world, guard
         )
-        restored = self.snapshots.restore()
-        self.step, self.data_state = restored or (0, DataState.start(self._mixture()))
-        self.saved_step = self.step if restored else None
-        if restored is None:
-            init_parameters(self.parameters, config.model, seed=config.train.seed)
-        self.order = SampleOrder(
-            [source.name for source in self.sources],
-            [source.windows for source in self.sources],
-            seed=config.data.seed,
-            segments=self.data_state.segments,
+        self._begin()
+        self.integrity = Integrity(config, directory, world, self.model, self.snapshots)
+        self.agreement = Agreement(
+            stop, directory, world, save_every_s=60 * (config.checkpoint.every_minutes or math.inf)
         )
-        self.agreement = Agreement(stop, directory, world)
         with world.together():
             self.validation = Validation(config, self.sources, self.tokenizer, self.device, world, self.layout)
         self.metrics, self.sinks = self._open_sinks(resources)
         self.validated_step = world.decide(lambda: self.metrics.validated_step if self.metrics else None)
         self.throughput = Throughput(config, device_name=device_name(self.device), world_size=world.size)
+        slow = config.logging.straggler_factor
+        self.stragglers = Stragglers(self.model, world=world, device=self.device, nodes=nodes, factor=slow)
         self._record_start(environment, resumed_from=self.saved_step)
+        self.accounts = Accounts(directory, self.throughput.counted)
         log.info(self.describe())
 
     def describe(self) -> str:
@@ -117,6 +126,23 @@ class Trainer:
         )
 
     # ------------------------------------------------------------------ composition
+
+    def _begin(self) -> None:
+        """Go to where the newest checkpoint stands, or to the start; without the samples of rollbacks."""
+        restored = self.snapshots.restore()
+        if restored is None:
+            init_parameters(self.parameters, self.config.model, seed=self.config.train.seed)
+            start_anew(self.optimizer)
+            self.bad_steps.guard.load({})
+        self.step, state = restored or (0, DataState.start(self._mixture()))
+        self.saved_step = self.step if restored else None
+        self.data_state = rollback.without_passed_over(state, self.directory, self.world)
+        self.order = SampleOrder(
+            [source.name for source in self.sources],
+            [source.windows for source in self.sources],
+            seed=self.config.data.seed,
+            segments=self.data_state.segments,
+        )
 
     def _open_data(self) -> tuple[Tokenizer, list[Source]]:
         data = self.config.data
@@ -146,8 +172,11 @@ class Trainer:
             directory.config: yaml.safe_dump(config, sort_keys=False).encode(),
             directory.path / TOKENIZER_FILE: self.tokenizer.path.read_bytes(),
         }
+        changed = self.snapshots.changed
+        if changed:  # of the run from here on, whatever the start's were
+            directory.record("changed", step=self.step, settings=changed)
         for path, content in contents.items():
-            if self.world.leads and (resumed_from is None or not path.exists()):
+            if self.world.leads and (resumed_from is None or changed or not path.exists()):
                 write_bytes_atomically(path, content)
         directory.record(
             "start",
@@ -190,23 +219,46 @@ class Trainer:
         self.agreement.post()
         self.throughput.lap()
         with (
-            self.open_loader() as loader,
+            closing(self._batches()) as batches,
             GarbageCollection(self.config.train.collect_garbage_every_steps) as garbage,
             self._profiler() as profiler,
         ):
-            for batch in profiler.watched(loader):
+            for batch in profiler.watched(batches):
+                self.stragglers.step_begins(data_wait_s=batch.data_wait_s)
+                self.integrity.before_step(self.step + 1, partial(self._trial, batch))
                 loss, grad_norm = self.train_step(batch)
                 garbage.step_ended(self.step)
                 self.throughput.step_done(data_wait_s=batch.data_wait_s)
-                self._after_step(batch, loss, grad_norm)
+                self._after_step(loss, grad_norm)
+                self.stragglers.step_ended(send=self._logging_due(self.step + 1))
                 if self._finished():
                     break
         self.agreement.close()
+        self.stragglers.close()
         log.info("%d steps in %s", self.step - first, duration(time.monotonic() - started))
 
     def _profiler(self) -> Profiler:
-        settings, run_dir, pause = self.config.logging, self.directory.path, self.throughput.pause
-        return Profiler(settings, run_dir, step=self.step, world=self.world, device=self.device, pause=pause)
+        config, run_dir, pause = self.config, self.directory.path, self.throughput.pause
+        last = min(config.total_steps, config.train.stop_after_step or config.total_steps)
+        return Profiler(
+            config.logging,
+            run_dir,
+            step=self.step,
+            last_step=last,
+            world=self.world,
+            device=self.device,
+            pause=pause,
+        )
+
+    def _batches(self) -> Generator[Batch, None, None]:
+        """Batches from the step reached on; after a rollback, from there."""
+        while True:
+            opened_after = self.rollbacks
+            with self.open_loader() as loader:
+                for batch in loader:
+                    yield batch
+                    if self.rollbacks > opened_after:
+                        break
 
     def open_loader(self) -> Loader:
         """This rank's batches from the step reached on."""
@@ -226,7 +278,7 @@ class Trainer:
         )
 
     def train_step(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The next update: the batch's gradient, clipped, through AdamW. Nothing is read back to the host.
+        """The next update: the batch's gradient, clipped, through AdamW. The host does not wait for it.
 
         Returns the loss and the gradient's norm before clipping, fp32 scalars on the device, the same on all ranks.
         """
@@ -235,10 +287,17 @@ class Trainer:
         grad_norm = clip_gradients(self.parameters.values(), clip_norm, self.world)
         self.step += 1
         set_learning_rate(self.optimizer, self._learning_rate())
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.bad_steps.update(self.step, loss, grad_norm, self.data_state.span(self.config.global_batch))
         self.data_state = batch.state_after
         return loss, grad_norm
+
+    def _trial(self, batch: Batch) -> dict[str, Tensor]:
+        """What `train_step` would do to weights, moments and counts, and its numbers; all else stays as it is."""
+        own = self.passes.accumulate(list(batch.micro_batches()), self._valid_targets(batch)) * self.share.has_loss
+        loss = self.world.sum(own.clone())
+        grad_norm = clip_gradients(self.parameters.values(), self.config.optim.clip_norm or math.inf, self.world)
+        self.bad_steps.apply(loss, grad_norm)
+        return {OWN_LOSS: own, "loss": loss, "gradient norm": grad_norm}
 
     def accumulate_gradients(self, batch: Batch) -> Tensor:
         """Add the gradient of the batch's loss to the parameters'; returns the loss, over all ranks' shares.
@@ -246,6 +305,7 @@ class Trainer:
         The loss is the sum over all targets divided by the number of valid ones in the whole batch, so it does
         not depend on how the batch is cut into micro-batches, or spread over ranks.
         """
+        self.stragglers.first_collective()
         loss = self.passes.accumulate(list(batch.micro_batches()), self._valid_targets(batch))
         return self.world.sum(loss * self.share.has_loss)
 
@@ -261,22 +321,49 @@ class Trainer:
     def _learning_rate(self) -> float:
         return learning_rate(self.step, self.config.optim, schedule_steps=self.config.schedule_steps)
 
-    def _after_step(self, batch: Batch, loss: Tensor, grad_norm: Tensor) -> None:
+    def _after_step(self, loss: Tensor, grad_norm: Tensor) -> None:
         """Log, validate and save where the step is due for it, in this order: records come before their checkpoint."""
         config = self.config
         self.directory.heartbeat(self.step)
         self.agreement.step_ended()
-        logging_due = self._last or self.step % config.logging.every_steps == 0
+        logging_due = self._logging_due(self.step)
         saving_due = self._last or self.step % config.checkpoint.every_steps == 0
+        saving = bool(saving_due or self.agreement.save_requested or self._stop_reason())
+        self.integrity.after_step(self.step, saving=saving)
+        if logging_due or saving or self._validation_due():  # the host waits for this step anyway
+            self.bad_steps.settle()
+            self.integrity.look()
+        if self._rolled_back():
+            return
         if logging_due:
-            self._refuse_non_finite(batch, loss, grad_norm)
             self._log(self._training_record(loss, grad_norm))
         self._validate_if_due()
         if saving_due or self.agreement.save_requested or self._stop_reason():
-            self._refuse_non_finite(batch, loss, grad_norm)
             self._save()
-        if self.agreement.save_requested:
-            self.agreement.honoured(SAVE_FILE)
+
+    def _rolled_back(self) -> bool:
+        """Whether a spike took the run back to a checkpoint. Raises UnhealthyRun after too many bad steps."""
+        rollback.refuse_too_many(self.bad_steps, self.directory)
+        if self.bad_steps.spike is None:
+            return False
+        started, from_step, spike = time.perf_counter(), self.step, self.bad_steps.spike
+        self.directory.heartbeat(self.step, phase=STARTING)
+        with aside():
+            self._begin()
+            fsdp.free_gathered(self.model)
+        samples = rollback.samples_of(spike, self.step, self.data_state, self.config)
+        rollback.record(spike, samples, from_step, self.step, self.config, self.directory, self.world)
+        self.data_state = self.data_state.pass_over(*samples)
+        if self.metrics is not None:
+            self.metrics.back_to(self.step)
+        self.validated_step = self.world.decide(lambda: self.metrics.validated_step if self.metrics else None)
+        self.bad_steps.forget()
+        self.rollbacks += 1
+        self.throughput.pause(time.perf_counter() - started)
+        return True
+
+    def _logging_due(self, step: int) -> bool:
+        return step >= self.config.total_steps or step % self.config.logging.every_steps == 0
 
     @property
     def _last(self) -> bool:
@@ -294,11 +381,17 @@ class Trainer:
         reason = self._stop_reason()
         if self.saved_step != self.step:
             return False
+        if self._last or reason is not None:
+            started = time.perf_counter()
+            self.snapshots.finish_save()
+            self.throughput.pause(time.perf_counter() - started, SAVING)
         if self._last and not self._validation_due():
+            self.accounts.end(self.step)
             self.directory.record("done", step=self.step)
             self.directory.set_status(DONE, step=self.step)
             log.info("done: step %d of %d, in %s", self.step, self.config.total_steps, self.directory.path)
         elif reason is not None:
+            self.accounts.end(self.step)
             self.directory.record("stop", step=self.step, reason=reason)
             self.directory.set_status(PREEMPTED, step=self.step, reason=reason)
             without = f" without {reason}" if reason.startswith("train.") else ""
@@ -314,14 +407,14 @@ class Trainer:
             return
         started = time.perf_counter()
         self.directory.heartbeat(self.step, phase=SAVING)
-        if self.metrics is not None:
-            self.metrics.sync()
+        committed = partial(self.agreement.honoured, SAVE_FILE) if self.agreement.save_requested else None
+        records_on_disk = self.metrics.sync if self.metrics is not None else None
         with aside():
-            self.snapshots.save(self.step, self.data_state)
+            self.snapshots.start_save(self.step, self.data_state, records_on_disk=records_on_disk, committed=committed)
+        self.agreement.save_begun()
         self.saved_step = self.step
-        seconds = time.perf_counter() - started
-        self.throughput.pause(seconds)
-        log.info("saved %s in %s", commit.step_name(self.step), duration(seconds))
+        self.throughput.pause(time.perf_counter() - started, SAVING)
+        self.accounts.write(self.step)
 
     # ------------------------------------------------------------------ records
 
@@ -331,13 +424,16 @@ class Trainer:
             "train/loss": loss.item(),
             "train/grad_norm": grad_norm.item(),
             "train/lr": self._learning_rate(),
+            "train/skipped": self.bad_steps.guard.skipped,
             **{f"data/epoch.{name}": epoch for name, epoch in epochs.items()},
             **self.throughput.lap(),
+            **self.stragglers.record(),
+            **self.accounts.record(self.step),
             "perf/memory_gib": memory_gib(self.device),
         }
 
     def _log(self, fields: Record) -> None:
-        tokens = self.step * self.config.global_batch * self.config.data.seq_len
+        tokens = self.data_state.samples_read * self.config.data.seq_len
         record = {"step": self.step, "tokens": tokens, "time": time.time(), **fields}
         if self.metrics is not None:
             self.metrics.write(record)
@@ -360,22 +456,9 @@ class Trainer:
         if record is not None:
             self._log(record)
             self.validated_step = self.step
-        self.throughput.pause(time.perf_counter() - started)
+        self.throughput.pause(time.perf_counter() - started, VALIDATING)
 
     def _keep_validating(self) -> bool:
         self.directory.heartbeat(self.step, phase=VALIDATING)
         self.agreement.look_now()
         return self.agreement.stop_reason is None or self.step == 0  # before step 1 there is nothing to save
-
-    def _refuse_non_finite(self, batch: Batch, loss: Tensor, grad_norm: Tensor) -> None:
-        if not (torch.isfinite(loss) & torch.isfinite(grad_norm)).item():
-            good = commit.list_checkpoints(self.directory.checkpoints)
-            raise UnhealthyRun(
-                f"step {self.step}: loss {loss.item()}, gradient norm {grad_norm.item()} (samples "
-                f"{batch.samples[0]} to {batch.samples[-1]}); nothing was saved from it, the last good checkpoint "
-                f"is {good[0] if good else 'none'}"
-            )
-
-
-def _current_device(kind: str) -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)

@@ -14,6 +14,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from llamatrain.config.parallel import ParallelConfig
 from llamatrain.config.verify import VerifyConfig, check_verify
 from llamatrain.errors import ConfigError, LlamatrainError
 from llamatrain.process import this_process
+from llamatrain.verification.cases import VOCAB_SIZE, Case, all_cases
 
 WORLD_SIZES = (1, 2, 4)  # of suite=cpu
 WORK, RESULTS = "work", "results-{}.json"
@@ -50,7 +53,10 @@ def verify(settings: VerifyConfig) -> None:
 def start_on_this_machine(settings: VerifyConfig, workspace: Path) -> None:
     """One torchrun after the other, each with all its cases."""
     results: list[dict[str, Any]] = []
-    for size in WORLD_SIZES:
+    planned = {size: len(chosen_cases(settings, size, ranks_per_node=size)) for size in WORLD_SIZES}
+    told = ", ".join(f"{layouts} on {size}" for size, layouts in planned.items())
+    print(f"{sum(planned.values())} layouts to try, by number of processes: {told}", flush=True)
+    for size in (size for size, layouts in planned.items() if layouts):
         results_file = workspace / RESULTS.format(size)
         results_file.unlink(missing_ok=True)
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
@@ -64,12 +70,17 @@ def start_on_this_machine(settings: VerifyConfig, workspace: Path) -> None:
     refuse_failures(results)
 
 
+def chosen_cases(settings: VerifyConfig, ranks: int, *, ranks_per_node: int) -> list[Case]:
+    """What is to be tried on so many ranks."""
+    cases = all_cases(ranks, ranks_per_node=ranks_per_node)
+    return [case for case in cases if settings.only is None or settings.only in case.name]
+
+
 def verify_here(settings: VerifyConfig, workspace: Path) -> None:
     """All cases for the ranks that this process is one of."""
     import torch
 
     from llamatrain.distributed import World
-    from llamatrain.verification.cases import VOCAB_SIZE, all_cases
     from llamatrain.verification.corpus import write_corpus
     from llamatrain.verification.runner import Result, Runner
 
@@ -83,13 +94,18 @@ def verify_here(settings: VerifyConfig, workspace: Path) -> None:
         shutil.rmtree(work, ignore_errors=True)
         write_corpus(work / "corpus", vocab_size=VOCAB_SIZE)
 
+    chosen = chosen_cases(settings, world.size, ranks_per_node=process.local_world_size)
+    number, began = count(1), time.monotonic()
+
     def tell(result: Result) -> None:
         if world.leads:
-            print(row(result.as_json()), flush=True)
+            done = next(number)
+            left = (time.monotonic() - began) / done * (len(chosen) - done)
+            print(f"{row(result.as_json())}  ({done} of {len(chosen)}, {left:.0f} s left)", flush=True)
 
     world.decide(prepare)
-    cases = all_cases(world.size, ranks_per_node=process.local_world_size)
-    chosen = [case for case in cases if settings.only is None or settings.only in case.name]
+    if world.leads and settings.suite == "cluster":
+        print(f"{len(chosen)} layouts to try on {world.size} processes", flush=True)
     results = [result.as_json() for result in Runner(world, work, work / "corpus").run(chosen, tell)]
     if world.leads:
         (workspace / RESULTS.format(world.size)).write_text(json.dumps(results, indent=1), encoding="utf-8")

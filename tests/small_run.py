@@ -16,6 +16,7 @@ from llamatrain.config import (
     LoggingConfig,
     ModelConfig,
     OptimConfig,
+    ResilienceConfig,
     RunConfig,
     SourceConfig,
     TrainConfig,
@@ -48,6 +49,7 @@ def small_config(run_dir: Path, sources: dict[str, Path], **groups: dict[str, An
         checkpoint=CheckpointConfig(every_steps=4, keep_last=2),
         logging=LoggingConfig(every_steps=1),
         evaluation=EvaluationConfig(every_steps=6, micro_batch=4),
+        resilience=ResilienceConfig(hang_timeout_s=0, hang_timeout_at_start_s=0),  # no process beside each rank
     )
     return replace(config, **{name: replace(getattr(config, name), **values) for name, values in groups.items()})
 

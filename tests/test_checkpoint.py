@@ -52,7 +52,7 @@ def edit_manifest(checkpoint: Path, change: Callable[[dict[str, Any]], None]) ->
         if (checkpoint / name).is_file():
             entry.update(size=(checkpoint / name).stat().st_size, sha256=sha256_of_file(checkpoint / name))
     del manifest["manifest_sha256"]
-    path.write_text(json.dumps({**manifest, "manifest_sha256": sha256_of_json(manifest)}))
+    path.write_bytes(commit.as_written(manifest, sha256_of_json(manifest)))
 
 
 def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_a_malformed_manifest_is_refused_and_nothing_else_happens(
         node[last] = data.draw(JSON)
     else:
         del node[last]
-    path.write_text(json.dumps({**manifest, "manifest_sha256": sha256_of_json(manifest)}))
+    path.write_bytes(commit.as_written(manifest, sha256_of_json(manifest)))
     for groups in (None, ["model"]):
         found = {"weight": torch.zeros(4, 3), "scale": torch.zeros(())}
         try:

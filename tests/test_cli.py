@@ -13,6 +13,7 @@ import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from data_tools.show_samples import ShowSamplesSettings
 from data_tools.stdlib_corpus import StdlibCorpusSettings
 from data_tools.tokenize_shards import TokenizeShardsSettings
 from data_tools.train_tokenizer import TrainTokenizerSettings
@@ -21,6 +22,7 @@ from llamatrain.cli import command_line
 from llamatrain.config import RunConfig, validate
 from llamatrain.config.build import build
 from llamatrain.config.generate import GenerateConfig
+from llamatrain.config.goodput import GoodputConfig
 from tests.small_run import assert_same_run, saved_steps, status
 
 REPOSITORY = Path(__file__).parent.parent
@@ -137,9 +139,11 @@ def test_help_fits_two_screens_and_names_what_a_newcomer_needs(tmp_path: Path) -
     ("name", "schema"),
     [
         ("commands/generate", GenerateConfig),
+        ("commands/goodput", GoodputConfig),
         ("data_tools/train_tokenizer", TrainTokenizerSettings),
         ("data_tools/tokenize_shards", TokenizeShardsSettings),
         ("data_tools/verify_shards", VerifyShardsSettings),
+        ("data_tools/show_samples", ShowSamplesSettings),
         ("data_tools/stdlib_corpus", StdlibCorpusSettings),
     ],
 )
@@ -149,7 +153,7 @@ def test_a_commands_file_lists_every_setting_with_its_default(name: str, schema:
     assert set(values) == {field.name for field in dataclasses.fields(schema)}
 
 
-@pytest.mark.parametrize("group", ["data", "train", "optim", "checkpoint", "logging", "evaluation"])
+@pytest.mark.parametrize("group", ["data", "train", "optim", "checkpoint", "logging", "evaluation", "resilience"])
 def test_a_groups_default_file_is_that_of_its_dataclass(group: str) -> None:
     path = REPOSITORY / "conf" / group / ("adamw.yaml" if group == "optim" else "default.yaml")
     values = yaml.safe_load(path.read_text())
@@ -289,3 +293,35 @@ def test_a_printed_configuration_is_a_checked_one(tmp_path: Path) -> None:
     refused = subprocess.run([*command, "train.stps=5"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (refused.returncode, refused.stdout) == (2, "")
     assert "did you mean train.steps?" in refused.stderr
+
+
+FAILING = """
+import os, sys, time
+from llamatrain import cli, process
+process.TURN_S = float(sys.argv[1])
+time.sleep(float(sys.argv[2]))
+cli._fail("no good", 2)
+"""
+
+
+@pytest.mark.parametrize(("patience_s", "first_comes_after_s", "speaker"), [(20.0, 1.0, {0}), (0.2, 3.0, {1, 2, 3})])
+def test_of_ranks_that_fail_alike_one_of_a_node_tells_it_and_none_leaves_before(
+    patience_s: float, first_comes_after_s: float, speaker: set[int], tmp_path: Path
+) -> None:
+    def start(rank: int) -> "subprocess.Popen[str]":
+        error_file = tmp_path / str(rank) / "error.json"
+        error_file.parent.mkdir()
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TORCHELASTIC_ERROR_FILE": str(error_file)}
+        environment |= {"RANK": str(4 + rank), "LOCAL_RANK": str(rank)}  # of the second node
+        delay = first_comes_after_s if rank == 0 else 0.0
+        command = [sys.executable, "-c", FAILING, str(patience_s), str(delay)]
+        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+    ranks = [start(rank) for rank in range(4)]
+    while all(rank.poll() is None for rank in ranks):
+        time.sleep(0.01)
+    for rank in ranks:  # as torchrun does as soon as one has left
+        rank.terminate()
+    told = [rank.communicate(timeout=30)[1] for rank in ranks]
+    assert "".join(told) == "error: no good\n"
+    assert told.index("error: no good\n") in speaker

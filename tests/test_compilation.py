@@ -94,6 +94,12 @@ def test_the_loss_is_that_of_the_eager_model_tied_or_not() -> None:
             assert (q.grad - p.grad).abs().max() <= 1e-5 * p.grad.abs().max(), name
 
 
+def test_that_the_first_step_will_take_long_is_told_before_it(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        apply_compile(tiny(**SHAPE))
+    assert caplog.messages == ["compiling what is elementwise: the first step takes up to a few minutes longer"]
+
+
 def test_only_training_is_compiled() -> None:
     model, plain = tiny(**SHAPE), tiny(**SHAPE)
     apply_compile(model)

@@ -1,15 +1,18 @@
 """The schema: what is refused, by which name, with which way out; what a resumed run may change."""
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llamatrain.config import DataConfig, ParallelConfig, RunConfig, SourceConfig, TrainConfig, validate
 from llamatrain.config.build import build, known_keys
-from llamatrain.config.parallel import check_parallel, layout
+from llamatrain.config.parallel import AXES, SCHEDULES, check_parallel, layout
 from llamatrain.config.resume import differences, keep_auto_choices
 from llamatrain.errors import ConfigError
 
@@ -72,14 +75,19 @@ def test_plain_values_become_the_dataclasses_and_back() -> None:
         ({"train": {"steps": None}}, r"one of train\.steps=N and train\.tokens=N"),
         ({"train": {"tokens": 5}}, r"one of train\.steps=N and train\.tokens=N"),
         ({"train": {"global_batch_tokens": 5000}}, r"nearest that does is train\.global_batch_tokens=4096"),
-        ({"train": {"micro_batch": 3}}, r"nearest that does is train\.global_batch_tokens=4196352"),
+        (
+            {"train": {"micro_batch": 3}},
+            r"train\.micro_batch=2 does, and trains the same; or the nearest .* train\.global_batch_tokens=4196352",
+        ),
         ({"train": {"precision": "fp8"}}, r"train\.precision=fp8: choose one of auto, bf16, fp32"),
         ({"train": {"steps": 10}}, r"optim\.warmup_steps=2000 is longer than the schedule of 10 steps"),
         ({"optim": {"lr": 0.0}}, r"optim\.lr=0\.0"),
         ({"optim": {"decay": "some"}}, r"optim\.decay=some: choose one of matrices, all"),
         ({"checkpoint": {"keep_every_steps": 1500}}, r"must be a multiple of checkpoint\.every_steps=1000"),
         ({"logging": {"wandb": "yes"}}, r"logging\.wandb=yes: choose one of off, offline, online"),
+        ({"logging": {"straggler_factor": 0.9}}, r"logging\.straggler_factor=0\.9: must be above 1; 0 tells of none"),
         ({"evaluation": {"max_tokens": 1}}, r"evaluation\.max_tokens=1"),
+        ({"resilience": {"hang_timeout_s": -1}}, r"resilience\.hang_timeout_s=-1: must not be negative; 0 is no limit"),
     ],
 )
 def test_what_cannot_work_is_refused_with_the_way_out(groups: dict[str, dict[str, Any]], message: str) -> None:
@@ -168,6 +176,88 @@ def test_a_mesh_that_does_not_fit_names_the_nearest_that_does(
 ) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         layout(ParallelConfig(**settings), world_size)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    shape=st.fixed_dictionaries({
+        "n_heads": st.sampled_from([1, 2, 4, 6, 8]), "n_layers": st.integers(1, 6), "tied_embeddings": st.booleans(),
+    }),
+    axes=st.fixed_dictionaries(dict.fromkeys(AXES, st.sampled_from([1, 1, 2, 3, 4, 8]))),
+    shard=st.booleans(), schedule=st.sampled_from(SCHEDULES), sequences=st.integers(1, 48),
+    micro_batch=st.integers(1, 6), ranks=st.sampled_from([None, 1, 2, 4, 6, 8, 12, 16]),
+)  # fmt: skip
+def test_whatever_is_proposed_is_accepted(
+    shape: dict[str, Any], axes: dict[str, int], shard: bool, schedule: str, sequences: int, micro_batch: int,
+    ranks: int | None,
+) -> None:  # fmt: skip
+    world_size = ranks or min(16, math.prod(size for axis, size in axes.items() if shard or axis != "dp_shard"))
+    config = valid(
+        model={"dim": 48 * shape["n_heads"], **shape},
+        data={"seq_len": 48},
+        train={"global_batch_tokens": 48 * sequences, "micro_batch": micro_batch},
+        parallel={**axes, "pipeline_schedule": schedule, "dp_shard": axes["dp_shard"] if shard else None},
+    )
+    try:
+        validate(config, world_size=world_size)
+    except ConfigError as error:
+        for proposal in proposals(str(error)):
+            validate(overridden(config, proposal), world_size=world_size)
+
+
+def proposals(message: str) -> list[str]:
+    """What a refusal of a mesh or of a batch says would do instead, as one types it."""
+    _, mesh, settings = message.partition(": the nearest that works is ")
+    if mesh:
+        return [settings]
+    if "no mesh of" in message:  # of this size; what it needs besides is not to be had by one setting
+        return []
+    found = re.findall(r"train\.micro_batch=\d+ does|the nearest that does is train\.global_batch_tokens=\d+", message)
+    found += message.partition("what would do: ")[2].split(", or ")
+    return [setting for text in found for setting in re.findall(r"\w+\.\w+=\w+", text)]
+
+
+def overridden(config: RunConfig, typed: str) -> RunConfig:
+    values = config.as_dict()
+    for setting in typed.split():
+        key, _, value = setting.partition("=")
+        group, _, name = key.partition(".")
+        values[group][name] = int(value) if value.isdigit() else value
+    return build(RunConfig, values)
+
+
+@pytest.mark.parametrize(
+    ("asked", "model", "message"),
+    [
+        ({"pp": 8}, {"n_layers": 2}, "parallel.pp=8 makes 8 ranks, there are 4: the nearest that works is "
+         "parallel.pp=2 parallel.dp_shard=2"),
+        ({"tp": 8}, {"n_heads": 2}, "parallel.tp=8 makes 8 ranks, there are 4: the nearest that works is "
+         "parallel.dp_shard=2 parallel.tp=2"),
+        ({"tp": 4}, {"n_heads": 2}, "model.n_heads=2 does not divide among parallel.tp=4 ranks: the nearest that works "
+         "is parallel.dp_shard=2 parallel.tp=2"),
+        ({"pp": 4}, {"n_layers": 3}, "parallel.pp=4 stages are more than the model.n_layers=3 layers they are made of: "
+         "the nearest that works is parallel.pp=2 parallel.dp_shard=2"),
+        ({"pp": 2}, {"tied_embeddings": True}, "(model.tied_embeddings=false has two): the nearest that works is "
+         "parallel.pp=1 parallel.dp_shard=4"),
+    ],
+)  # fmt: skip
+def test_the_mesh_proposed_is_one_that_the_model_allows(
+    asked: dict[str, int], model: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        validate(valid(parallel=asked, model=model), world_size=4)
+
+
+def test_where_no_mesh_will_do_the_plainest_says_why() -> None:
+    config = valid(parallel={"tp": 3}, train={"global_batch_tokens": 2048})
+    with pytest.raises(ConfigError, match=r"no mesh of 5 ranks goes .* not even parallel\.dp_shard=5 alone: .*=10240"):
+        validate(config, world_size=5)
+
+
+def test_a_smaller_micro_batch_is_proposed_before_another_batch() -> None:
+    message = r"=32768 tokens; train\.micro_batch=2 does, and trains the same; or the nearest .*tokens=32768"
+    with pytest.raises(ConfigError, match=message.replace("=32768 t", "= 32768 t")):
+        validate(valid(train={"global_batch_tokens": 2048 * 4, "micro_batch": 8}), world_size=2)
 
 
 @pytest.mark.parametrize(

@@ -578,6 +578,6 @@ def test_the_commands_work_from_the_command_line(small_library: Path, tmp_path: 
 
 
 def test_the_tools_do_not_import_torch() -> None:
-    names = ("train_tokenizer", "tokenize_shards", "verify_shards", "stdlib_corpus")
+    names = ("train_tokenizer", "tokenize_shards", "verify_shards", "stdlib_corpus", "show_samples")
     program = f"import sys, {', '.join(f'data_tools.{name}' for name in names)}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0

@@ -1,5 +1,6 @@
 """The overlap rule: its numbers, what changes them, and what the program says of them."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamatrain.arithmetic import tokens_that_hide
-from llamatrain.config import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from llamatrain.config import DataConfig, ModelConfig, ParallelConfig, RunConfig, SourceConfig, TrainConfig, validate
 from llamatrain.config.build import build
-from llamatrain.config.parallel import LINEARS, check_parallel
+from llamatrain.config.parallel import LINEARS, Layout, check_parallel
 from llamatrain.errors import ConfigError
-from llamatrain.parallel.overlap import Rates, advice, verdict
+from llamatrain.parallel.overlap import Rates, advice, nothing_to_hide, verdict
 
 MODELS = Path(__file__).parent.parent / "conf" / "model"
 A100_AT_60_PERCENT = 0.6 * 312e12
@@ -147,12 +148,37 @@ def test_the_micro_batch_that_is_advised_makes_the_rule_hold() -> None:
 
 def test_advice_is_what_the_step_and_the_layout_allow() -> None:
     (first, *_) = advice(config(micro_batches=2), rates(SLOW), RANKS, per_node=8)
-    assert first == "train.micro_batch=2, all that a step has for a rank (3 would do)"
+    assert first == (
+        "train.micro_batch=3 with train.global_batch_tokens=786432, which would be another training (524288 allows "
+        "train.micro_batch=2 at most)"
+    )
     (first, *others) = advice(config(micro_batches=1), rates(SLOW), RANKS, per_node=8)
-    assert first.startswith("a larger train.global_batch_tokens, or fewer ranks")
+    assert first.endswith("(262144 allows train.micro_batch=1 at most)")
     assert not any("reduce_scatter" in other for other in others)
     only_forward = config(micro_batches=4, reduce_dtype="bf16", reshard_after_forward="never")
     assert not any("reduce_scatter" in told for told in advice(only_forward, rates(SLOW), RANKS, per_node=8))
+
+
+@pytest.mark.parametrize("parallel", [{}, {"pp": 4}, {"pp": 4, "pipeline_schedule": "gpipe"}, {"cp": 2, "tp": 2}])
+@pytest.mark.parametrize("micro_batches", [4, 8, 24])
+def test_with_the_batch_that_is_advised_the_rule_holds(parallel: dict[str, Any], micro_batches: int) -> None:
+    failing = config(micro_batches=micro_batches, **parallel)
+    (first, *_) = advice(failing, rates(SLOW), RANKS, per_node=8)
+    found = {name: int(value) for name, value in re.findall(r"train\.(\w+)=(\d+)", first.partition(" (")[0])}
+    better = replace(
+        failing,
+        train=replace(failing.train, steps=3000, **found),
+        data=replace(failing.data, sources={"text": SourceConfig("somewhere")}),
+    )
+    validate(better, world_size=RANKS)
+    assert list(advice(better, rates(SLOW), RANKS, per_node=8)) == []
+
+
+def test_where_fsdp_sends_nothing_that_is_said() -> None:
+    assert nothing_to_hide(Layout(pp=2, tp=4)) == (
+        "overlap rule: FSDP sends nothing here, so it has nothing to hide; traffic of parallel.pp=2 and parallel.tp=4 "
+        "is not in the rule (a profile shows it: logging.profile_steps)"
+    )
 
 
 @pytest.mark.parametrize(

@@ -238,6 +238,17 @@ def test_a_run_that_ends_before_says_so(steps: int, tmp_path: Path, caplog: pyte
     loop(tmp_path, SETTINGS, steps=4)  # and the profiler is free for another
 
 
+@pytest.mark.parametrize(("last_step", "told"), [(13, True), (14, False), (None, False)])
+def test_a_profile_that_the_run_has_no_steps_for_is_told_at_its_start(
+    last_step: int | None, told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Profiler(
+        SETTINGS, tmp_path, step=10, last_step=last_step, world=World(), device=torch.device("cpu"), pause=print
+    )  # fmt: skip
+    expected = "steps 13 to 14 are to be profiled and step 13 is the last: nothing of them will be kept; lower "
+    assert [record.getMessage().startswith(expected) for record in caplog.records] == [True] * told
+
+
 def test_a_profile_that_cannot_be_written_does_not_end_the_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

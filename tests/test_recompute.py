@@ -331,17 +331,46 @@ def test_a_choice_by_name_is_kept_unless_the_model_cannot_fit(
         with pytest.raises(
             ConfigError,
             match=r"weights, gradients and moments alone need 50\.\d\d GiB on each device, 90% of the device is "
-            r"21\.60: "
-            r"spread the weights over more than parallel\.dp_shard=2 ranks",
+            r"21\.60: spread the weights over at least parallel\.dp_shard=5 ranks",
         ):
             resolve_recompute(run_config(recompute=choice), CUDA, 2)
 
 
-def test_on_the_cpu_auto_is_none_unless_a_budget_is_given() -> None:
+def test_on_the_cpu_auto_is_none_unless_a_budget_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recompute_module, "memory_total_gib", lambda device: 1000.0)
     assert resolve_recompute(run_config(micro_batch=1000), CPU, 1) == "none"
     assert resolve_recompute(run_config(recompute="full"), CPU, 1) == "full"
     with pytest.raises(ConfigError, match=r"parallel\.recompute_budget_gib allows 1\.00"):
         resolve_recompute(run_config(recompute_budget_gib=1.0), CPU, 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "world_size", "ranks_per_node", "held", "enough"),
+    [
+        ({}, 1, 1, "100.4", 5),  # 16 bytes of each of 6.7 billion parameters
+        ({}, 4, 4, "100.4", 18),  # processes of one machine have its memory together
+        ({"dp_replicate": 2}, 4, 4, "200.8", 18),
+        ({}, 4, 1, "25.1", 5),
+        ({}, 5, 1, None, None),
+        ({}, 24, 4, None, None),
+        ({"tp": 2}, 4, 2, "50.2", 5),
+    ],
+)
+def test_on_the_cpu_what_the_machine_cannot_hold_is_refused(
+    settings: dict[str, int], world_size: int, ranks_per_node: int, held: str | None, enough: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(recompute_module, "memory_total_gib", lambda device: 23.0)
+    config = run_config(**settings)
+    if held is None:
+        assert resolve_recompute(config, CPU, world_size, ranks_per_node=ranks_per_node) == "none"
+        return
+    with pytest.raises(ConfigError, match=rf"alone need {held} GiB on each machine, which has 23\.0: .*=(\d+) ranks"):
+        resolve_recompute(config, CPU, world_size, ranks_per_node=ranks_per_node)
+    with pytest.raises(
+        ConfigError, match=rf"at least parallel\.dp_shard={enough} ranks, {ranks_per_node} to a machine"
+    ):
+        resolve_recompute(config, CPU, world_size, ranks_per_node=ranks_per_node)
 
 
 def test_what_is_gathered_and_kept_back_is_counted() -> None:

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ MANIFEST_FILE = "checkpoint.json"
 TEMPORARY_PREFIX = ".unfinished-"
 DELETED_PREFIX = ".deleted-"
 REFUSED_PREFIX = "refused-"
+LARGEST_MANIFEST = 512 << 20  # bytes; 65B on 2,048 ranks of a mesh with two axes takes 160 MB
+STEP_NAME = re.compile(r"step-([0-9]{8,18})")
 
 Manifest = dict[str, Any]
 FileEntry = dict[str, Any]  # size and sha256
@@ -65,9 +68,7 @@ def commit(temporary: Path, content: Manifest, files: Mapping[str, FileEntry]) -
         if (temporary / name).stat().st_size != entry["size"]:
             raise CheckpointError(f"{temporary / name}: it has another size than where it was written")
     manifest = {"format": FORMAT, "version": VERSION, **content, "files": dict(files)}
-    manifest["manifest_sha256"] = sha256_of_json(manifest)
-    text = json.dumps(manifest, ensure_ascii=False, separators=(",", ":"))
-    write_bytes_atomically(temporary / MANIFEST_FILE, text.encode() + b"\n")
+    write_bytes_atomically(temporary / MANIFEST_FILE, as_written(manifest, sha256_of_json(manifest)))
     final = temporary.with_name(temporary.name.removeprefix(TEMPORARY_PREFIX))
     if final.exists():
         delete(final)
@@ -76,16 +77,23 @@ def commit(temporary: Path, content: Manifest, files: Mapping[str, FileEntry]) -
     return final
 
 
-def list_checkpoints(root: Path) -> list[Path]:
-    """Committed checkpoints, newest first."""
+def as_written(manifest: Manifest, sha256: str) -> bytes:
+    """The manifest as it is written, with its own hash: the same bytes for the same content."""
+    text = json.dumps({**manifest, "manifest_sha256": sha256}, ensure_ascii=False, separators=(",", ":")) + "\n"
+    return text.encode(errors="backslashreplace")  # half a surrogate pair, as JSON escapes it
+
+
+def list_steps(root: Path) -> list[Path]:
+    """Whatever is named after a step, newest first; damaged, it need not be a checkpoint any more."""
     if not root.is_dir():
         return []
-    steps = {
-        int(match.group(1)): path
-        for path in root.iterdir()
-        if (match := re.fullmatch(r"step-(\d{8,})", path.name)) and (path / MANIFEST_FILE).is_file()
-    }
+    steps = {int(match.group(1)): path for path in root.iterdir() if (match := STEP_NAME.fullmatch(path.name))}
     return [steps[step] for step in sorted(steps, reverse=True)]
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Committed checkpoints, newest first."""
+    return [path for path in list_steps(root) if (path / MANIFEST_FILE).is_file()]
 
 
 def step_of(checkpoint: Path) -> int:
@@ -134,13 +142,20 @@ def prune(root: Path, *, keep_last: int, keep_every_steps: int) -> list[Path]:
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
-    """The manifest, its own hash and its names of files checked. Raises CheckpointError.
+    """The manifest, its own hash, its step and its names of files checked. Raises CheckpointError.
 
-    Only plain names ending in .safetensors are accepted: nothing else is ever opened.
+    Only plain names ending in .safetensors are accepted: nothing else is ever opened. In a directory named after a
+    step the manifest must be of that step: renamed, an old checkpoint would pass for the newest.
     """
     path = checkpoint / MANIFEST_FILE
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{path}: no file")
+        if status.st_size > LARGEST_MANIFEST:
+            raise CheckpointError(f"{path}: larger than any manifest this program writes")
+        content = path.read_bytes()
+        manifest = json.loads(content.decode())
         recorded = manifest.pop("manifest_sha256", None) if isinstance(manifest, dict) else None
         sha256 = sha256_of_json(manifest)
     except FileNotFoundError:
@@ -153,6 +168,15 @@ def read_manifest(checkpoint: Path) -> Manifest:
         raise CheckpointError(f"{path}: schema version {manifest.get('version')}; this program reads version {VERSION}")
     if recorded != sha256:
         raise CheckpointError(f"{path}: the manifest was altered (its own hash does not fit)")
+    if content != as_written(manifest, sha256):
+        raise CheckpointError(f"{path}: the manifest was altered (it says the same, otherwise than it was written)")
+    step = manifest.get("step")
+    if type(step) is not int or step < 0:
+        raise CheckpointError(f"{path}: the manifest's step is {step!r}")
+    if (match := STEP_NAME.fullmatch(checkpoint.name)) and int(match[1]) != step:
+        raise CheckpointError(
+            f"{path}: the manifest is of step {step}: the directory was renamed, or the file moved here"
+        )
     if not isinstance(manifest.get("files"), dict):
         raise CheckpointError(f"{path}: the manifest lists no files")
     for name in manifest["files"]:
@@ -170,9 +194,12 @@ def verify_file(checkpoint: Path, name: str, entry: FileEntry, *, hashes: bool =
     if not isinstance(entry, dict) or not entry.keys() >= {"size", "sha256"}:
         raise CheckpointError(f"{path}: the manifest does not say its size and SHA-256")
     try:
-        size = path.stat().st_size
+        status = path.stat()
     except (OSError, ValueError):
         raise CheckpointError(f"{path}: named in the manifest but not there") from None
+    if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+        raise CheckpointError(f"{path}: named in the manifest and no file")
+    size = status.st_size
     if size != entry["size"]:
         raise CheckpointError(f"{path}: {size} bytes where the manifest says {entry['size']}; it is truncated")
     try:

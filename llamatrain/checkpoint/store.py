@@ -8,11 +8,13 @@ how the tensors were cut: it copies from every chunk what falls into its own box
 together that the chunks cover every tensor whole.
 """
 
+import errno
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -23,11 +25,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from llamatrain.arithmetic import parameter_shapes
 from llamatrain.checkpoint import commit
 from llamatrain.checkpoint.boxes import cover, is_chunk
 from llamatrain.checkpoint.commit import Manifest
 from llamatrain.config import ModelConfig
 from llamatrain.config.build import build
+from llamatrain.config.model import check_model
 from llamatrain.distributed import World, is_a_copy
 from llamatrain.errors import CheckpointError, ConfigError, DataError
 from llamatrain.flat import FlatPart, local_boxes
@@ -38,6 +42,8 @@ TensorGroups = Mapping[str, Mapping[str, Tensor | FlatPart]]
 Boxes = dict[str, dict[str, list[tuple[Tensor, list[int]]]]]  # group, name: memory and where it begins
 Entries = dict[str, dict[str, tuple[str, list[int], list[tuple[list[int], list[int]]]]]]  # see _entries
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.uint8)}
+
+LARGEST_HEADER = 16 << 20  # bytes; of an entry it has some 150, and a file an entry for each tensor or part of one
 
 
 def file_name(group: str, rank: int) -> str:
@@ -53,21 +59,44 @@ def entry_name(name: str, number: int) -> str:
 # ---------------------------------------------------------------------- writing
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one rank writes of a checkpoint."""
+
+    boxes: Boxes
+    entries: Entries
+
+    @staticmethod
+    def of(groups: TensorGroups) -> "Share":
+        """Of named tensors (float32, bfloat16 or uint8) what is this rank's to write; their memory, not a copy.
+
+        Of a DTensor each rank writes its local box, and of copies only the first; a plain tensor is written whole by
+        the rank that passes it, so one rank alone may. Raises ValueError for a DTensor that is not reduced.
+        """
+        boxes = {group: _own_boxes(tensors) for group, tensors in groups.items()}
+        return Share(boxes, _entries(groups, boxes))
+
+    @property
+    def bytes(self) -> int:
+        return sum(box.nbytes for own in self.boxes.values() for parts in own.values() for box, _ in parts)
+
+
 def save(
     root: Path, step: int, groups: TensorGroups, content: Mapping[str, Any], *, world: World | None = None
 ) -> Path:
+    """Write and commit the checkpoint of `step` under `root`: `write` of each rank's `Share.of(groups)`."""
+    return write(root, step, Share.of(groups), content, world=world)
+
+
+def write(root: Path, step: int, share: Share, content: Mapping[str, Any], *, world: World | None = None) -> Path:
     """Write and commit the checkpoint of `step` under `root`; all ranks call it with the same step.
 
-    `groups` are named tensors (float32, bfloat16 or uint8). Of a DTensor each rank writes its local box, and of
-    copies only the first; a plain tensor is written whole by the rank that passes it, so one rank alone may.
     `content`, of rank 0, is what else the manifest shall hold, plain JSON values. Raises CheckpointError on all ranks
-    if the disk does not take what one of them writes; what was there before stays. Raises ValueError for a DTensor
-    that is not reduced.
+    if the disk does not take what one of them writes; what was there before stays.
     """
     world = world or World()
     temporary = commit.temporary_directory(root, step)
-    refusing = partial(_refusing, temporary, step, world.rank)
-    boxes = {group: _own_boxes(tensors) for group, tensors in groups.items()}
+    refusing = partial(_refusing, temporary, step, world.rank, share.bytes)
 
     def begin() -> None:
         with refusing():
@@ -82,8 +111,8 @@ def save(
     try:
         world.decide(begin)
         with world.together(), refusing():
-            own_files = _write(temporary, boxes, world.rank)
-        shares = world.gather_to_leader((_entries(groups, boxes), own_files))
+            own_files = _write(temporary, share.boxes, world.rank)
+        shares = world.gather_to_leader((share.entries, own_files))
         return world.decide(finish)
     except CheckpointError:
         world.decide(lambda: shutil.rmtree(temporary, ignore_errors=True))
@@ -91,14 +120,25 @@ def save(
 
 
 @contextmanager
-def _refusing(temporary: Path, step: int, rank: int) -> Iterator[None]:
+def _refusing(temporary: Path, step: int, rank: int, needed: int) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"{temporary}: the checkpoint of step {step} could not be written (rank {rank}: {error}); "
-            "earlier ones are whole"
+            f"{temporary}: the checkpoint of step {step} could not be written (rank {rank}: {error}"
+            f"{_what_is_missing(temporary, needed, error)}); earlier ones are whole"
         ) from error
+
+
+def _what_is_missing(temporary: Path, needed: int, error: Exception) -> str:
+    """How much room a rank's files need, and how much there was, if that is what failed; safetensors has no errno."""
+    if not any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
+        return ""
+    written = sum(path.stat().st_size for path in temporary.glob("*")) if temporary.is_dir() else 0
+    free = shutil.disk_usage(next(path for path in temporary.parents if path.exists())).free
+    return (
+        f"; it writes {needed / 2**20:,.1f} MiB, {free / 2**20:,.1f} MiB are free beside {written / 2**20:,.1f} written"
+    )
 
 
 def _own_boxes(tensors: Mapping[str, Tensor | FlatPart]) -> dict[str, list[tuple[Tensor, list[int]]]]:
@@ -217,6 +257,10 @@ def open_checkpoint(
         named = [(group, name, tensors[group][name]) for group in wanted for name in tensors[group]]
         for group, name, entry in named[world.rank :: world.size]:
             _check_entry(checkpoint, group, name, entry, files)
+    for group in wanted:  # or memory would be taken for what the files cannot hold
+        described = sum(prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize for entry in tensors[group].values())
+        if described > sum(entry["size"] for name, entry in files.items() if name.startswith(f"{group}.")):
+            raise CheckpointError(f"{checkpoint}: the tensors of {group} cannot be read: its files are smaller")
     return manifest
 
 
@@ -224,6 +268,10 @@ def _check_entry(checkpoint: Path, group: str, name: str, entry: Any, files: Map
     """Refuse a tensor's description that is malformed or whose chunks leave something out."""
     if not (isinstance(entry, dict) and isinstance(entry.get("shape"), list) and isinstance(entry.get("dtype"), str)):
         raise CheckpointError(f"{checkpoint}: the manifest lacks shape or dtype of {name}")
+    if entry["dtype"] not in DTYPES:
+        raise CheckpointError(
+            f"{checkpoint}: {name} is of dtype {entry['dtype']}, a checkpoint has {', '.join(DTYPES)}"
+        )
     shape, chunks = entry["shape"], entry.get("chunks")
     if "rows" in entry:
         possible = chunks is None and bool(shape) and all(type(n) is int and n >= 1 for n in (entry["rows"], *shape))
@@ -295,12 +343,21 @@ class Reader:
         for rank, chunks in by_rank.items():
             path = self.checkpoint / file_name(group, rank)
             try:
+                _check_header(path)
                 with safe_open(path, framework="pt") as stored:
                     for key, offset, extent, part in chunks:
                         if not part.read(stored, key, offset, extent):
                             raise CheckpointError(f"{path}: {key} is not the chunk that the manifest describes")
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"{path}: cannot be read ({error})") from None
+
+
+def _check_header(path: Path) -> None:
+    """Refuse a safetensors header larger than any of ours: 100 MB, which safetensors takes, parse for 10 s to 2 GB."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if size > LARGEST_HEADER:
+        raise CheckpointError(f"{path}: cannot be read (a header of {size} bytes)")
 
 
 class _Part:
@@ -358,8 +415,12 @@ def load_model_for_inference(
     """
     checkpoint = find_checkpoint(Path(path))
     manifest = open_checkpoint(checkpoint, groups=["model"])
+    described = {name: tuple(entry["shape"]) for name, entry in manifest["tensors"]["model"].items()}
     try:
         config = replace(build(ModelConfig, manifest["model"]), attention="sdpa")
+        check_model(config)
+        if config.n_layers > len(described) or parameter_shapes(config) != described:
+            raise ConfigError("its tensors are of another")
         tokenizer_sha256 = str(manifest["tokenizer_sha256"])
     except (ConfigError, KeyError, TypeError) as error:
         raise CheckpointError(f"{checkpoint}: the manifest's model cannot be built ({error})") from None

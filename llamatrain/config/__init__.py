@@ -7,6 +7,7 @@ from llamatrain.config.logging import LoggingConfig
 from llamatrain.config.model import ModelConfig
 from llamatrain.config.optim import OptimConfig
 from llamatrain.config.parallel import ParallelConfig
+from llamatrain.config.resilience import ResilienceConfig
 from llamatrain.config.run import RunConfig, validate
 from llamatrain.config.train import TrainConfig
 
@@ -18,6 +19,7 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "ParallelConfig",
+    "ResilienceConfig",
     "RunConfig",
     "SourceConfig",
     "TrainConfig",

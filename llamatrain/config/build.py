@@ -96,7 +96,10 @@ def _convert_scalar(kind: type, value: Any, path: str) -> Any:
     if kind is int and isinstance(value, int | float) and not isinstance(value, bool) and value == int(value):
         return int(value)
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ConfigError(f"{path}: a whole number of so many digits is no number to compute with") from None
     if kind is str and isinstance(value, str | int | float) and not isinstance(value, bool):
         return str(value)
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}

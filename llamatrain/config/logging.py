@@ -11,6 +11,7 @@ PROFILE_TRACES = ("rank0", "all")
 @dataclass
 class LoggingConfig:
     every_steps: int = 10
+    straggler_factor: float = 1.3  # told: a rank that takes so many times as long as the median; 0: none
     wandb: str = "off"  # off | offline | online
     wandb_project: str = "llamatrain"
     wandb_entity: str | None = None
@@ -23,6 +24,8 @@ def check_logging(logging: LoggingConfig) -> None:
     """Raises ConfigError."""
     if logging.every_steps < 1:
         raise ConfigError(f"logging.every_steps={logging.every_steps}: must be at least 1")
+    if logging.straggler_factor != 0 and logging.straggler_factor <= 1:
+        raise ConfigError(f"logging.straggler_factor={logging.straggler_factor}: must be above 1; 0 tells of none")
     if logging.wandb not in WANDB_MODES:
         raise ConfigError(f"logging.wandb={logging.wandb}: choose one of {', '.join(WANDB_MODES)}")
     if logging.profile_steps < 0:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from llamatrain.errors import ConfigError
 
+LONGEST_SEQUENCE = 2**24  # tokens; the tables of rotary angles are as long
 ATTENTION_BACKENDS = ("auto", "xformers", "sdpa", "reference")
 
 
@@ -48,6 +49,8 @@ def check_model(model: ModelConfig) -> None:
     for name in ("dim", "n_layers", "n_heads", "vocab_size", "max_seq_len", "ffn_multiple_of"):
         if getattr(model, name) < 1:
             raise ConfigError(f"model.{name}={getattr(model, name)}: must be at least 1")
+    if model.max_seq_len > LONGEST_SEQUENCE:
+        raise ConfigError(f"model.max_seq_len={model.max_seq_len}: must be at most {LONGEST_SEQUENCE}")
     if model.ffn_dim is not None and model.ffn_dim < 1:
         raise ConfigError(f"model.ffn_dim={model.ffn_dim}: must be at least 1, or null to derive it from model.dim")
     if model.dim % model.n_heads:

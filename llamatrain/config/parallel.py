@@ -192,17 +192,40 @@ def _check_recompute(parallel: ParallelConfig) -> None:
 
 def layout(parallel: ParallelConfig, world_size: int) -> Layout:
     """The mesh of a run on `world_size` ranks. Raises ConfigError naming the nearest that works."""
+    refusal = misfit(parallel, world_size)
+    if refusal is not None:
+        works = as_typed(next(meshes(parallel, world_size)), parallel)
+        raise ConfigError(f"{refusal}: the nearest that works is {works}")
     given = {axis: getattr(parallel, axis) for axis in AXES}
     fixed = prod(size for size in given.values() if size is not None)
-    if world_size % fixed or (parallel.dp_shard is not None and fixed != world_size):
-        told = " x ".join(f"parallel.{axis}={size}" for axis, size in given.items() if size not in (None, 1))
-        asked = {axis: size for axis, size in given.items() if size not in (None, 1)}
-        nearest = min(_factorisations(world_size, len(AXES)), key=lambda sizes: _distance(sizes, asked))
-        works = " ".join(
-            f"parallel.{axis}={size}" for axis, size in zip(AXES, nearest, strict=True) if size > 1 or axis in asked
-        )
-        raise ConfigError(f"{told} makes {fixed} ranks, there are {world_size}: the nearest that works is {works}")
     return Layout(**{**given, "dp_shard": parallel.dp_shard or world_size // fixed})
+
+
+def misfit(parallel: ParallelConfig, world_size: int) -> str | None:
+    """Why what was asked for is no mesh of so many ranks; None if it is one."""
+    asked = _asked(parallel)
+    fixed = prod(asked.values())
+    if world_size % fixed == 0 and (parallel.dp_shard is None or fixed == world_size):
+        return None
+    told = " x ".join(f"parallel.{axis}={size}" for axis, size in (asked or {"dp_shard": 1}).items())
+    return f"{told} makes {fixed} ranks, there are {world_size}"
+
+
+def meshes(parallel: ParallelConfig, world_size: int) -> Iterator[Layout]:
+    """All meshes of so many ranks, those nearest to what was asked for first."""
+    asked = _asked(parallel)
+    found = sorted(_factorisations(world_size, len(AXES)), key=lambda sizes: _distance(sizes, asked))
+    return (Layout(**dict(zip(AXES, sizes, strict=True))) for sizes in found)
+
+
+def as_typed(mesh: Layout, parallel: ParallelConfig) -> str:
+    """The settings that make what was asked for this mesh."""
+    asked = _asked(parallel)
+    return " ".join(f"parallel.{axis}={size}" for axis, size in mesh.sizes().items() if size > 1 or axis in asked)
+
+
+def _asked(parallel: ParallelConfig) -> dict[str, int]:
+    return {axis: size for axis in AXES if (size := getattr(parallel, axis)) not in (None, 1)}
 
 
 def _distance(sizes: tuple[int, ...], asked: dict[str, int]) -> tuple[int, int, int]:

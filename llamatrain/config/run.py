@@ -1,7 +1,6 @@
 """The whole configuration of a training run, and the checks that concern more than one group."""
 
-import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from llamatrain.config.checkpoint import CheckpointConfig, check_checkpoint
@@ -10,7 +9,17 @@ from llamatrain.config.evaluation import EvaluationConfig, check_evaluation
 from llamatrain.config.logging import LoggingConfig, check_logging
 from llamatrain.config.model import ModelConfig, check_model
 from llamatrain.config.optim import OptimConfig, check_optim
-from llamatrain.config.parallel import Layout, ParallelConfig, check_parallel, check_sharding, layout
+from llamatrain.config.parallel import (
+    Layout,
+    ParallelConfig,
+    as_typed,
+    check_parallel,
+    check_sharding,
+    layout,
+    meshes,
+    misfit,
+)
+from llamatrain.config.resilience import ResilienceConfig, check_resilience
 from llamatrain.config.train import TrainConfig, check_train
 from llamatrain.errors import ConfigError
 
@@ -27,6 +36,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
 
     @property
     def global_batch(self) -> int:
@@ -67,23 +77,14 @@ def validate(config: RunConfig, *, world_size: int = 1) -> None:
     check_checkpoint(config.checkpoint)
     check_logging(config.logging)
     check_evaluation(config.evaluation)
-    seq_len, batch_tokens = config.data.seq_len, config.train.global_batch_tokens
+    check_resilience(config.resilience)
+    seq_len = config.data.seq_len
     if seq_len > config.model.max_seq_len:
         raise ConfigError(
             f"data.seq_len={seq_len} is longer than model.max_seq_len={config.model.max_seq_len}: "
             f"lower it, or set model.max_seq_len={seq_len}"
         )
-    mesh = layout(config.parallel, world_size)
-    check_shares(config, mesh)
-    devices = mesh.data_parallel
-    per_forward = seq_len * config.train.micro_batch * devices
-    if batch_tokens % per_forward:
-        raise ConfigError(
-            f"train.global_batch_tokens={batch_tokens} does not divide into data.seq_len={seq_len} tokens x "
-            f"train.micro_batch={config.train.micro_batch} sequences x {devices} devices = {per_forward} tokens; "
-            f"the nearest that does is train.global_batch_tokens={nearest_multiple(batch_tokens, per_forward)}"
-        )
-    check_stages(config, mesh)
+    mesh_of(config, world_size)
     if config.optim.warmup_steps > config.schedule_steps:
         raise ConfigError(
             f"optim.warmup_steps={config.optim.warmup_steps} is longer than the schedule of "
@@ -91,8 +92,39 @@ def validate(config: RunConfig, *, world_size: int = 1) -> None:
         )
 
 
-def check_shares(config: RunConfig, mesh: Layout) -> None:
-    """What several ranks share must divide among them. Raises ConfigError naming the nearest that works."""
+def mesh_of(config: RunConfig, world_size: int) -> Layout:
+    """The mesh of a run on `world_size` ranks. Raises ConfigError naming the nearest that model and batch go with."""
+    parallel = config.parallel
+    refusal = misfit(parallel, world_size)
+    if refusal is None:
+        mesh = layout(parallel, world_size)
+        refusal = beyond_the_model(config, mesh)
+        if refusal is None:
+            check_batch(config, mesh)
+            return mesh
+    works = next((mesh for mesh in meshes(parallel, world_size) if _refusal(config, mesh) is None), None)
+    if works is not None:
+        raise ConfigError(f"{refusal}: the nearest that works is {as_typed(works, parallel)}")
+    plain = Layout(dp_shard=world_size)
+    raise ConfigError(
+        f"{refusal}; no mesh of {world_size} ranks goes with this model and this batch, not even "
+        f"parallel.dp_shard={world_size} alone: {_refusal(config, plain)}"
+    )
+
+
+def _refusal(config: RunConfig, mesh: Layout) -> str | None:
+    """Why a run with this mesh is refused; None if it is not."""
+    sizes: dict[str, Any] = {**mesh.sizes()}
+    try:
+        check_parallel(replace(config.parallel, **sizes))
+        check_batch(config, mesh)
+    except ConfigError as error:
+        return str(error)
+    return beyond_the_model(config, mesh)
+
+
+def beyond_the_model(config: RunConfig, mesh: Layout) -> str | None:
+    """What the model has too little of for a mesh, or what does not divide among its ranks; None if all does."""
     model, seq_len = config.model, config.data.seq_len
     divided = {
         "model.n_heads": model.n_heads,
@@ -102,45 +134,46 @@ def check_shares(config: RunConfig, mesh: Layout) -> None:
     }
     for name, size in divided.items():
         if size % mesh.tp:
-            works = largest_divisor(math.gcd(*divided.values()), mesh.tp)
-            raise ConfigError(
-                f"{name}={size} does not divide among parallel.tp={mesh.tp} ranks: the nearest that all of the "
-                f"model does is parallel.tp={works}"
-            )
+            return f"{name}={size} does not divide among parallel.tp={mesh.tp} ranks"
     parts = mesh.tp * (2 * mesh.cp if mesh.cp > 1 else 1)  # of each sequence; two for each cp rank, an early, a late
     if seq_len % parts:
-        raise ConfigError(
+        return (
             f"data.seq_len={seq_len} does not divide into the {parts} parts that parallel.cp={mesh.cp} and "
-            f"parallel.tp={mesh.tp} make of a sequence; the nearest that does is "
-            f"data.seq_len={nearest_multiple(seq_len, parts)}"
+            f"parallel.tp={mesh.tp} make of a sequence (data.seq_len={nearest_multiple(seq_len, parts)} does)"
         )
+    if mesh.pp > model.n_layers:
+        return f"parallel.pp={mesh.pp} stages are more than the model.n_layers={model.n_layers} layers they are made of"
+    if mesh.pp > 1 and model.tied_embeddings:
+        return (
+            f"model.tied_embeddings=true with parallel.pp={mesh.pp}: the first stage embeds and the last has the head, "
+            "so one weight cannot be both (model.tied_embeddings=false has two)"
+        )
+    return None
 
 
-def check_stages(config: RunConfig, mesh: Layout) -> None:
-    """What a pipeline demands of the model and of the batch. Raises ConfigError naming what would do."""
-    model, stages = config.model, mesh.pp
-    if stages == 1:
-        return
-    if stages > model.n_layers:
+def check_batch(config: RunConfig, mesh: Layout) -> None:
+    """A batch must divide among the ranks, and fill a pipeline. Raises ConfigError naming what would do."""
+    train, seq_len, stages, devices = config.train, config.data.seq_len, mesh.pp, mesh.data_parallel
+    batch_tokens, per_forward = train.global_batch_tokens, seq_len * train.micro_batch * devices
+    fewest = stages if config.parallel.pipeline_schedule == "1f1b" else 1  # micro-batches of a step on each rank
+    share, rest = divmod(batch_tokens, seq_len * devices)  # sequences of a step on each rank
+    smaller = None  # micro-batch that would do
+    if not rest and share >= fewest:
+        smaller = f"train.micro_batch={largest_divisor(share, min(train.micro_batch, share // fewest))}"
+    if batch_tokens % per_forward:
+        larger = max(nearest_multiple(batch_tokens, per_forward), fewest * per_forward)
         raise ConfigError(
-            f"parallel.pp={stages} stages are more than the model.n_layers={model.n_layers} layers they are made of: "
-            f"parallel.pp={model.n_layers} at most"
+            f"train.global_batch_tokens={batch_tokens} does not divide into data.seq_len={seq_len} tokens x "
+            f"train.micro_batch={train.micro_batch} sequences x {devices} devices = {per_forward} tokens; "
+            f"{f'{smaller} does, and trains the same; or ' if smaller else ''}"
+            f"the nearest that does is train.global_batch_tokens={larger}"
         )
-    if model.tied_embeddings:
-        raise ConfigError(
-            f"model.tied_embeddings=true with parallel.pp={stages}: the first stage embeds and the last has the head, "
-            "so one weight cannot be both; set model.tied_embeddings=false, or parallel.pp=1"
-        )
-    share = config.global_batch // mesh.data_parallel  # sequences of a step on each rank
-    micro_batches = share // config.train.micro_batch
-    if config.parallel.pipeline_schedule == "1f1b" and micro_batches < stages:
-        batch = stages * config.train.micro_batch * mesh.data_parallel * config.data.seq_len
-        ways = [f"train.global_batch_tokens={batch}", "parallel.pipeline_schedule=gpipe (which idles longer)"]
-        if share >= stages:
-            ways.insert(0, f"train.micro_batch={largest_divisor(share, share // stages)}")
+    if share // train.micro_batch < fewest:
+        ways = [smaller] if smaller else []
+        ways += [f"train.global_batch_tokens={fewest * per_forward}", "parallel.pipeline_schedule=gpipe (idles longer)"]
         raise ConfigError(
             f"parallel.pipeline_schedule=1f1b needs at least as many micro-batches as parallel.pp={stages} stages, a "
-            f"step has {micro_batches} on each rank; what would do: {', or '.join(ways)}"
+            f"step has {share // train.micro_batch} on each rank; what would do: {', or '.join(ways)}"
         )
 
 

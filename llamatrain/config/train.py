@@ -1,6 +1,6 @@
 """How long and in what portions the run trains."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from llamatrain.errors import ConfigError
 
@@ -20,7 +20,12 @@ class TrainConfig:
     deterministic: bool = False  # bitwise repeatable on CUDA too, slower; on CPU it always is
     compile: bool | None = None  # what is elementwise, by torch.compile, for training; null: on CUDA yes, on CPU no
     collect_garbage_every_steps: int = 50  # Python's garbage, by all ranks at the same steps; 0: as Python sees fit
+    replay_check_every_steps: int = 1000  # run such a step twice from the same state and compare the bits; 0: never
     stop_after_step: int | None = None  # save and leave after this step; the schedule does not change
+    # on resumption, settings that decide what model or which samples it is and may differ all the same from here on
+    # (docs/resume-policy.md): [data.sources.web.weight,…]
+    resume_allow: list[str] = field(default_factory=list)
+    same_environment: bool = False  # refuse to resume with other versions or on another machine; false: tell it
     max_starts_without_progress: int = 10  # so many starts that came to no checkpoint, and a person has to look
     dry_run: bool = False  # build at full shape, one step, save, load, say how much memory it took, and leave
 
@@ -40,6 +45,8 @@ def check_train(train: TrainConfig) -> None:
         value = getattr(train, name)
         if value is not None and value < 1:
             raise ConfigError(f"train.{name}={value}: must be at least 1")
+    if train.replay_check_every_steps < 0:
+        raise ConfigError(f"train.replay_check_every_steps={train.replay_check_every_steps}: must not be negative")
     if train.collect_garbage_every_steps < 0:
         raise ConfigError(
             f"train.collect_garbage_every_steps={train.collect_garbage_every_steps}: must not be negative; 0 leaves it "

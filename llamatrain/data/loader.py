@@ -25,6 +25,7 @@ import torch
 from llamatrain.data.order import DataState, SampleOrder
 from llamatrain.data.shards import Manifest, ShardInfo, open_document_starts, open_tokens
 from llamatrain.data.sources import Source
+from llamatrain.errors import DataError
 from llamatrain.model.loss import IGNORE_INDEX
 
 LOCATED_AHEAD = 4_096  # samples of this rank located at once
@@ -207,12 +208,25 @@ class Loader:
             if place not in self._tokens:
                 self._tokens[place] = open_tokens(*self._shard(place))
             host[row, :width] = self._tokens[place][first : first + width]
+        self._check_ids(host[:, :width], places, firsts)
         valid, lengths = host.shape[0] * self._seq_len, None
         if self._document_mask:
             host[:, width:] = host[:, 1:width]
             lengths, ignored = self._mask_documents(host[:, width:], places, firsts)
             valid -= ignored
         return Batch(samples, sources, rows, self._seq_len, self._micro_batch, lengths, valid, state_after)
+
+    def _check_ids(self, tokens: np.ndarray, places: list[tuple[int, int]], firsts: list[int]) -> None:
+        """Raises DataError for an id outside the vocabulary, which on CUDA would end the process without a word."""
+        known = min(source.manifest.vocab_size for source in self._sources)
+        if tokens.max() < known:
+            return
+        row, column = np.argwhere(tokens >= known)[0].tolist()
+        manifest, shard = self._shard(places[row])
+        raise DataError(
+            f"{manifest.directory / shard.file}: token {firsts[row] + column} is id {tokens[row, column]}, there are "
+            f"{known}; the file is damaged: copy it again, or tokenize the corpus again"
+        )
 
     def _mask_documents(
         self, targets: np.ndarray, places: list[tuple[int, int]], firsts: list[int]
@@ -224,6 +238,12 @@ class Loader:
             if place not in self._starts:
                 self._starts[place] = open_document_starts(*self._shard(place))
             pieces, begins = document_pieces(self._starts[place], first, self._seq_len)
+            if min(pieces) < 1:
+                manifest, shard = self._shard(place)
+                raise DataError(
+                    f"{manifest.directory / shard.index_file}: starts of documents do not ascend; the file is damaged: "
+                    "copy it again, or tokenize the corpus again"
+                )
             lengths[row // self._micro_batch] += pieces
             ignored += [row * self._seq_len + begin for begin in begins]
         targets[np.divmod(np.array(ignored, np.int64), self._seq_len)] = IGNORE_INDEX

@@ -32,6 +32,7 @@ import numpy as np
 from llamatrain.data.permutation import permute
 from llamatrain.errors import DataError
 
+LARGEST = 2**62  # of any number in a data state: samples are counted in 64 bits
 LARGEST_PERIOD = 10_000  # samples in the mixture's table: a share is exact, or rounded to 0.01 %
 
 
@@ -131,7 +132,7 @@ class Schedule:
 
 
 def _whole(value: Any, what: str, *, least: int = 0) -> int:
-    if type(value) is not int or value < least:
+    if type(value) is not int or not least <= value <= LARGEST:
         raise DataError(f"data state: {what} is {value!r}, not a whole number of at least {least}")
     return value
 
@@ -200,6 +201,12 @@ class DataState:
         """The state of a run that has read nothing; weights by `round_weights`."""
         return DataState(0, (), (Segment(0, dict(weights), {}),))
 
+    @property
+    def samples_read(self) -> int:
+        """How many samples the run has trained on."""
+        next_one = self.next_sample
+        return next_one - sum(min(end, next_one) - first for first, end in self.passed_over if first < next_one)
+
     def sample_at(self, offsets: np.ndarray) -> np.ndarray:
         """Number of the sample that comes `offsets` samples from now (0: the next one), int64 alike."""
         samples = offsets + self.next_sample
@@ -212,6 +219,11 @@ class DataState:
     def take(self, count: int) -> np.ndarray:
         """Numbers of the next `count` samples, int64 [count]."""
         return self.sample_at(np.arange(count, dtype=np.int64))
+
+    def span(self, count: int) -> tuple[int, int]:
+        """First of the next `count` samples and the number after the last; some in between may be passed over."""
+        first, last = self.sample_at(np.array([0, count - 1], np.int64)).tolist()
+        return first, last + 1
 
     def advance(self, count: int) -> "DataState":
         """The state when the next `count` samples have been consumed."""

@@ -7,6 +7,7 @@ The manifest is written last: its presence makes the directory a data set.
 """
 
 import json
+import stat
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -24,7 +25,7 @@ MANIFEST_FILE = "dataset.json"
 SPLITS = ("train", "validation")
 DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 INDEX_DTYPE = np.dtype("<u8")
-
+LARGEST_MANIFEST = 256 << 20  # bytes; a shard takes 400
 
 FIELD_KINDS = {
     "source": str,
@@ -37,6 +38,15 @@ FIELD_KINDS = {
     "add_eos": bool,
     "documents": dict,
     "settings": dict,
+}
+SHARD_KINDS = {
+    "file": str,
+    "tokens": int,
+    "documents": int,
+    "text_bytes": int,
+    "sha256": str,
+    "index_file": str,
+    "index_sha256": str,
 }
 
 
@@ -101,15 +111,7 @@ def write_manifest(manifest: Manifest) -> None:
 def read_manifest(directory: str | Path) -> Manifest:
     """Read and check a manifest; no shard is opened. Raises DataError naming what is wrong and where."""
     path = Path(directory) / MANIFEST_FILE
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(
-            f"{directory}: no {MANIFEST_FILE} there, so it is not a data set; "
-            "write one with python -m data_tools.tokenize_shards, or correct the path"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from None
+    content = _read_json(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise DataError(f"{path}: not a {FORMAT} manifest")
     if content.get("version") != VERSION:
@@ -120,27 +122,47 @@ def read_manifest(directory: str | Path) -> Manifest:
     try:
         splits = {name: tuple(ShardInfo(**shard) for shard in shards) for name, shards in content["splits"].items()}
         values = {k: v for k, v in content.items() if k not in ("format", "version", "splits")}
-        mistyped = [name for name, kind in FIELD_KINDS.items() if type(values.get(name)) is not kind]
-        if mistyped:
-            raise TypeError(mistyped[0])
         manifest = Manifest(directory=Path(directory), splits=splits, **values)
-        plain = all(
-            Path(name).name == name
-            for shards in splits.values()
-            for shard in shards
-            for name in (shard.file, shard.index_file)
-        )
-        counts_fit = all(
-            isinstance(count, int) and count >= 0
-            for shards in splits.values()
-            for shard in shards
-            for count in (shard.tokens, shard.documents, shard.text_bytes)
-        )
+        _check_kinds(manifest)
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: a field is missing or of the wrong kind ({error})") from None
+    shards = [shard for split in splits.values() for shard in split]
+    names = [name for shard in shards for name in (shard.file, shard.index_file)]
+    plain = all(Path(name).name == name and name.isprintable() and name != ".." for name in names)
+    counts_fit = all(0 <= count < 2**63 for s in shards for count in (s.tokens, s.documents, s.text_bytes))
     if manifest.dtype not in DTYPES or not plain or not counts_fit:
-        raise DataError(f"{path}: an unknown dtype, a file outside the directory or a negative count")
+        raise DataError(f"{path}: an unknown dtype, a file outside the directory or a count that cannot be")
+    ids_fit = all(0 <= token < manifest.vocab_size for token in (manifest.bos_id, manifest.eos_id))
+    if not ids_fit or manifest.vocab_size > 2 ** (8 * DTYPES[manifest.dtype].itemsize):
+        raise DataError(
+            f"{path}: {manifest.vocab_size} token ids, BOS {manifest.bos_id}, EOS {manifest.eos_id}: cannot be"
+        )
     return manifest
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise DataError(f"{path}: not a file")
+        if path.stat().st_size > LARGEST_MANIFEST:
+            raise DataError(f"{path}: larger than any manifest this program writes")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(
+            f"{path.parent}: no {MANIFEST_FILE} there, so it is not a data set; "
+            "write one with python -m data_tools.tokenize_shards, or correct the path"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from None
+
+
+def _check_kinds(manifest: Manifest) -> None:
+    """Raises TypeError for a field of another kind than declared; a bool is no number."""
+    mistyped = [name for name, kind in FIELD_KINDS.items() if type(getattr(manifest, name)) is not kind]
+    for shard in (shard for shards in manifest.splits.values() for shard in shards):
+        mistyped += [name for name, kind in SHARD_KINDS.items() if type(getattr(shard, name)) is not kind]
+    if mistyped:
+        raise TypeError(mistyped[0])
 
 
 def windows_per_shard(manifest: Manifest, split: str, seq_len: int) -> list[int]:
@@ -160,9 +182,12 @@ def check_sizes(manifest: Manifest, splits: Sequence[str] = SPLITS) -> None:
             for name, expected in expected_sizes:
                 path = manifest.directory / name
                 try:
-                    size = path.stat().st_size
+                    status = path.stat()
                 except OSError as error:
                     raise DataError(f"{path}: named in the manifest but cannot be read ({error.strerror})") from None
+                if not stat.S_ISREG(status.st_mode):
+                    raise DataError(f"{path}: named in the manifest and no file")
+                size = status.st_size
                 if size != expected:
                     raise DataError(
                         f"{path}: {size} bytes where the manifest says {expected}; it is truncated or was "

@@ -27,6 +27,7 @@ log = getLogger("llamatrain")
 
 def apply_compile(model: Llama) -> None:
     """Let the model use compiled functions wherever it takes gradients. Parameters keep their names."""
+    log.info("compiling what is elementwise: the first step takes up to a few minutes longer")
     compiled = compiled_functions()
     for module in model.modules():
         if isinstance(module, (RMSNorm, Attention, FeedForward, Embedding, Head)):

@@ -87,8 +87,9 @@ def aside() -> record_function:
 class Profiler:
     """Watches a training loop; a context manager, since the last step it is to record may be the run's last.
 
-    `step` is the last step before the loop. The profile is written into the run's directory. `pause` is told the
-    seconds that this takes from training. An error that leaves the context leaves the profile as it is.
+    `step` is the last step before the loop, `last_step` the one it is to end with, if that is known. The profile is
+    written into the run's directory. `pause` is told the seconds that this takes from training. An error that leaves
+    the context leaves the profile as it is.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class Profiler:
         world: World,
         device: torch.device,
         pause: Callable[[float], None],
+        last_step: int | None = None,
     ) -> None:
         first = step + settings.profile_after_steps + 1
         self._steps = range(first, first + settings.profile_steps)
@@ -110,6 +112,13 @@ class Profiler:
         self._record: profile | None = None
         self._left = len(self._steps)  # to begin
         self._range: record_function | None = None  # of the step under way
+        if self._steps and last_step is not None and self._steps[-1] > last_step:
+            log.warning(
+                "%s are to be profiled and step %d is the last: nothing of them will be kept; lower "
+                "logging.profile_after_steps or logging.profile_steps",
+                _told(self._steps),
+                last_step,
+            )
 
     def watched(self, batches: Iterable[T]) -> Iterable[T]:
         """The batches. What is done with one until the next is asked for is its step."""

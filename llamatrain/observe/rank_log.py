@@ -7,8 +7,9 @@ a rank. Who fails first gets the console back for its last words.
 import logging
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
-from typing import Self
+from typing import Self, TextIO
 
 from llamatrain.process import Process, attempt_id
 
@@ -23,7 +24,7 @@ class RankLog:
         self._console: tuple[int, int] | None = None
         directory.mkdir(exist_ok=True)
         self._file = open(directory / f"rank{process.rank:05d}.log", "a", encoding="utf-8")  # noqa: SIM115
-        handler = logging.StreamHandler(self._file)
+        handler = _Quietly(self._file)
         handler.setFormatter(logging.Formatter(FILE_FORMAT))
         self._handler = handler
         root = logging.getLogger()
@@ -49,9 +50,10 @@ class RankLog:
             self._console = None
 
     def write(self, text: str) -> None:
-        """Add text to the file as it is."""
-        self._file.write(text + "\n")
-        self._file.flush()
+        """Add text to the file as it is; what a full disk does not take is kept for the next time."""
+        with suppress(OSError):
+            self._file.write(text + "\n")
+            self._file.flush()
 
     def __enter__(self) -> Self:
         return self
@@ -59,4 +61,13 @@ class RankLog:
     def __exit__(self, *_: object) -> None:
         logging.getLogger().removeHandler(self._handler)
         self.give_console_back()
-        self._file.close()
+        with suppress(OSError):
+            self._file.close()
+
+
+class _Quietly(logging.StreamHandler[TextIO]):
+    """A disk that does not take a line is told by those who need it, not with a traceback for every line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)

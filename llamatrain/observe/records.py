@@ -1,13 +1,18 @@
 """metrics.jsonl: one line per logged step, the source of truth that every other sink repeats."""
 
 import json
+import logging
+import math
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
 from llamatrain.run_directory import cut_lines
 
 Record = dict[str, Any]
+
+log = logging.getLogger("llamatrain")
 
 
 class MetricsLog:
@@ -17,29 +22,62 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path, *, resumed_step: int | None) -> None:
+        self._path = path
+        self._cut(resumed_step)
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - open until close
+        self._pending = b""
+        self._lock = threading.Lock()  # a checkpoint's thread syncs
+
+    def _cut(self, last_step: int | None) -> None:
         self.validated_step: int | None = None  # the last step with a validation record
 
         def keep(record: Record) -> bool:
-            kept: bool = resumed_step is not None and record["step"] <= resumed_step
+            kept: bool = last_step is not None and record["step"] <= last_step
             if kept:
                 self._note(record)
             return kept
 
-        cut_lines(path, keep)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open until close
+        cut_lines(self._path, keep)
+
+    def back_to(self, step: int) -> None:
+        """Cut what lies after `step`: the steps from there are done again. Raises OSError."""
+        with self._lock:
+            self._write_pending()
+            self._cut(step)
 
     def write(self, record: Record) -> None:
+        """Append a record; what a full disk does not take is kept, and written with the next.
+
+        Of a number that is not finite, for which JSON has no word, null is left.
+        """
         self._note(record)
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        record = {key: None if _endless(value) else value for key, value in record.items()}
+        with self._lock:
+            behind = bool(self._pending)
+            self._pending += json.dumps(record).encode() + b"\n"
+            try:
+                self._write_pending()
+            except OSError as error:
+                if not behind:
+                    log.warning("%s: cannot be written (%s); its records are kept until it can", self._file.name, error)
+
+    def _write_pending(self) -> None:
+        while self._pending:
+            self._pending = self._pending[self._file.write(self._pending) :]
 
     def _note(self, record: Record) -> None:
         if "eval/validation/loss" in record:
             self.validated_step = record["step"]
 
     def sync(self) -> None:
-        """Put every record on disk; done before a checkpoint is committed, which relies on them."""
+        """Put every record on disk; done before a checkpoint is committed, which relies on them. Raises OSError."""
+        with self._lock:
+            self._write_pending()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
+
+
+def _endless(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)

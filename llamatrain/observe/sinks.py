@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import queue
 import threading
 import uuid
@@ -109,6 +110,7 @@ class Wandb:
         self._thread.start()
 
     def _work(self, arguments: dict[str, Any]) -> None:
+        os.environ.pop("SLURM_JWT", None)  # wandb keeps, and sends, every variable of SLURM's: this one is a password
         try:
             import wandb
 

@@ -4,6 +4,7 @@ import time
 
 from llamatrain.arithmetic import flops_per_token, peak_flops
 from llamatrain.config import RunConfig
+from llamatrain.observe.goodput import COUNTED
 from llamatrain.observe.records import Record
 
 
@@ -16,6 +17,7 @@ class Throughput:
         self._flops = flops_per_token(config.model, config.data.seq_len)
         self._causal_flops = flops_per_token(config.model, config.data.seq_len, causal=True)
         self._peak = peak_flops(device_name)
+        self.counted = dict.fromkeys(COUNTED, 0.0)  # seconds since the start, by part of the wall clock
         self._started = time.perf_counter()
         self._steps = 0
         self._paused_s = 0.0
@@ -24,9 +26,12 @@ class Throughput:
     def step_done(self, *, data_wait_s: float) -> None:
         self._steps += 1
         self._data_wait_s += data_wait_s
+        self.counted["data_wait"] += data_wait_s
 
-    def pause(self, seconds: float) -> None:
+    def pause(self, seconds: float, part: str = "other") -> None:
+        """Seconds that were not training; `part` as `observe.goodput` has it."""
         self._paused_s += seconds
+        self.counted[part] += seconds
 
     def lap(self) -> Record:
         """The `perf/` fields of the steps since the last lap. MFU only for accelerators whose peak is known."""

@@ -69,6 +69,13 @@ def set_step_count(optimizer: torch.optim.AdamW, count: int) -> None:
         state["step"].fill_(float(count))
 
 
+def start_anew(optimizer: torch.optim.AdamW) -> None:
+    """As `build_adamw` made it: no moments, no updates counted."""
+    for state in optimizer.state.values():
+        for tensor in state.values():
+            tensor.zero_()
+
+
 def set_learning_rate(optimizer: torch.optim.AdamW, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate

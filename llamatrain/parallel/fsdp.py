@@ -10,15 +10,19 @@ within the ranks of one copy, a node say, and one all-reduce a step adds the cop
 Gradients are summed over ranks, not averaged: the loss is already divided by the targets of the global batch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from llamatrain.config.parallel import ParallelConfig
 from llamatrain.model.llama import Llama
+from llamatrain.parallel.mesh import SHARDS
 
 REDUCE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -69,6 +73,30 @@ def begin_micro_batch(model: Llama, settings: ParallelConfig, *, last: bool) -> 
         model.set_is_last_backward(last)
         model.set_requires_gradient_sync(last or settings.reduce_scatter == "each")
         model.set_requires_all_reduce(last or settings.all_reduce == "each")
+
+
+def after_forward(model: Llama, look: Callable[[dict[str, Tensor], dist.ProcessGroup], None]) -> None:
+    """Let `look` see, after every forward, the weights that are gathered then, by name, and the ranks that have them.
+
+    Those are all with reshard_after_forward=never, and the head otherwise.
+    """
+    spread = [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]
+    if not spread or not isinstance(model, FSDPModule) or spread[0].device_mesh[SHARDS].size() == 1:
+        return
+    group = spread[0].device_mesh[SHARDS].get_group()
+
+    def hook(*_: object) -> None:
+        gathered = {}
+        for name, parameter in model.named_parameters():
+            memory: Tensor = parameter
+            if isinstance(memory, DTensor):
+                if SHARDS in (memory.device_mesh.mesh_dim_names or ()):
+                    continue
+                memory = memory.to_local()  # of a share of the layer, gathered
+            gathered[name] = memory
+        look(gathered, group)
+
+    model.register_forward_hook(hook)
 
 
 def free_gathered(model: Llama) -> None:

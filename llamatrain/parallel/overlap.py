@@ -62,13 +62,24 @@ def tell(config: RunConfig, parameters: Mapping[str, Tensor | FlatPart], device:
     """Log what the rule says of a run with these parameters and, where it fails, what helps. All ranks call it."""
     sharded = next((parameter for parameter in parameters.values() if isinstance(parameter, DTensor)), None)
     ranks = layout(config.parallel, world.size)
-    if sharded is None or ranks.shards == ranks.dp_replicate == 1:  # nothing that FSDP would send
+    if sharded is None or ranks.shards == ranks.dp_replicate == 1:
+        if world.size > 1:
+            log.info(nothing_to_hide(ranks))
         return
     rates = find_rates(config, sharded.device_mesh, device, world)
     log.info(verdict(config, rates, world.size))
     helping = list(advice(config, rates, world.size, per_node=world.process.local_world_size))
     if helping:
         log.info("  what helps: %s", "; ".join(helping))
+
+
+def nothing_to_hide(ranks: Layout) -> str:
+    """One line for a layout in which no rank shares weights with another, or has a copy of them."""
+    others = [f"parallel.{axis}={size}" for axis, size in ranks.sizes().items() if size > 1]
+    return (
+        f"overlap rule: FSDP sends nothing here, so it has nothing to hide; traffic of {_join(others)} is not in the "
+        "rule (a profile shows it: logging.profile_steps)"
+    )
 
 
 def verdict(config: RunConfig, rates: Rates, world_size: int) -> str:
@@ -119,13 +130,18 @@ def advice(config: RunConfig, rates: Rates, world_size: int, *, per_node: int) -
 
 
 def _larger_micro_batch(config: RunConfig, *, wanted: float, size: int) -> str:
-    all_of_a_rank = config.global_batch // layout(config.parallel, size).data_parallel
-    enough = next((n for n in range(1, all_of_a_rank + 1) if all_of_a_rank % n == 0 and n >= wanted), None)
-    if enough is not None:
-        return f"train.micro_batch={enough}"
-    if config.train.micro_batch < all_of_a_rank:
-        return f"train.micro_batch={all_of_a_rank}, all that a step has for a rank ({math.ceil(wanted):,} would do)"
-    return f"a larger train.global_batch_tokens, or fewer ranks (micro-batches of {math.ceil(wanted):,} would do)"
+    ranks, batch_tokens = layout(config.parallel, size), config.train.global_batch_tokens
+    fewest = ranks.pp if config.parallel.pipeline_schedule == "1f1b" else 1  # micro-batches that a pipeline takes
+    share = config.global_batch // ranks.data_parallel  # sequences of a step on each rank
+    allowed = [n for n in range(1, share // fewest + 1) if share % n == 0]
+    enough = math.ceil(wanted)
+    if allowed[-1] >= enough:
+        return f"train.micro_batch={next(n for n in allowed if n >= enough)}"
+    then = enough * fewest * ranks.data_parallel * config.data.seq_len
+    return (
+        f"train.micro_batch={enough} with train.global_batch_tokens={then}, which would be another training "
+        f"({batch_tokens} allows train.micro_batch={allowed[-1]} at most)"
+    )
 
 
 def _inside_nodes(parallel: ParallelConfig, ranks: Layout, nodes: int, per_node: int) -> Layout | None:
@@ -198,8 +214,8 @@ def gather_rate(group: dist.ProcessGroup, message: int, device: torch.device) ->
     return whole.nbytes / seconds
 
 
-def all_reduce_rate(group: dist.ProcessGroup, message: int, device: torch.device) -> float:
-    """Bytes of a tensor that are added up over a group, a second. All of its ranks call it."""
+def all_reduce_rate(group: dist.ProcessGroup | None, message: int, device: torch.device) -> float:
+    """Bytes of a tensor that are added up over a group (None: all ranks), a second. All of its ranks call it."""
     tensor = torch.zeros(max(1, message // 4), device=device)
     return tensor.nbytes / median_seconds(lambda: dist.all_reduce(tensor, group=group), device)
 
@@ -220,7 +236,12 @@ def _flops(config: RunConfig, device: torch.device) -> tuple[float, str]:
 
 
 def median_seconds(work: Callable[[], object], device: torch.device) -> float:
-    """How long some work takes on the device, the first time left out."""
+    """How long some work takes on the device."""
+    return statistics.median(seconds_of(work, device))
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> list[float]:
+    """How long some work takes on the device, time after time; the first is left out."""
     seconds = []
     for _ in range(1 + REPETITIONS):
         finish(device)
@@ -228,7 +249,7 @@ def median_seconds(work: Callable[[], object], device: torch.device) -> float:
         work()
         finish(device)
         seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[1:])
+    return seconds[1:]
 
 
 def _told(needs: Needs) -> str:

@@ -16,6 +16,7 @@ backward, and the repetition finds the weights gathered.
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from llamatrain.arithmetic import parameter_count
 from llamatrain.config import ParallelConfig, RunConfig
 from llamatrain.config.parallel import LINEARS, RECOMPUTE, layout
 from llamatrain.device import memory_total_gib
@@ -135,13 +137,15 @@ def is_fused_attention(name: str) -> bool:
 # auto
 
 
-def resolve_recompute(config: RunConfig, device: torch.device, world_size: int) -> str:
+def resolve_recompute(config: RunConfig, device: torch.device, world_size: int, *, ranks_per_node: int = 1) -> str:
     """`parallel.recompute` with `auto` decided: the cheapest choice that fits; on the CPU, without a budget, none.
 
     Logs what each choice tried would need. Raises ConfigError if none fits, and for a choice by name if not even what
     is held all the time does. Precision and attention are resolved.
     """
     parallel = config.parallel
+    if device.type == "cpu":
+        refuse_more_than_the_machine(config, memory_total_gib(device), world_size, ranks_per_node=ranks_per_node)
     available = parallel.recompute_budget_gib
     if available is None and device.type != "cuda":
         return "none" if parallel.recompute == "auto" else parallel.recompute
@@ -162,10 +166,33 @@ def resolve_recompute(config: RunConfig, device: torch.device, world_size: int) 
     if parallel.recompute != "auto" and held <= available:  # the formula estimates from above: it may still fit
         log.warning("parallel.recompute=%s may need %.2f GiB, %s %.2f", parallel.recompute, needed, whose, available)
         return parallel.recompute
-    what = "even parallel.recompute=full needs" if held <= available else "weights, gradients and moments alone need"
-    micro_batch = f"lower train.micro_batch={config.train.micro_batch}, or " if held <= available else ""
     ranks = layout(parallel, world_size)
+    if held > available:
+        enough = math.ceil(ranks.dp_shard * held / available)
+        raise ConfigError(
+            f"weights, gradients and moments alone need {held:.2f} GiB on each device, {whose} {available:.2f}: "
+            f"spread the weights over at least parallel.dp_shard={enough} ranks"
+        )
     raise ConfigError(
-        f"{what} {needed if held <= available else held:.2f} GiB on each device, {whose} {available:.2f}: "
-        f"{micro_batch}spread the weights over more than parallel.dp_shard={ranks.dp_shard} ranks"
+        f"even parallel.recompute=full needs {needed:.2f} GiB on each device, {whose} {available:.2f}: "
+        f"lower train.micro_batch={config.train.micro_batch}, or spread the weights over more than "
+        f"parallel.dp_shard={ranks.dp_shard} ranks"
+    )
+
+
+def refuse_more_than_the_machine(config: RunConfig, memory_gib: float, world_size: int, *, ranks_per_node: int) -> None:
+    """Raises ConfigError where the ranks of a node cannot all hold their weights, gradients and moments in its memory.
+
+    What else they need is not counted: a formula of it would refuse runs that fit.
+    """
+    ranks = layout(config.parallel, world_size)
+    copies = ranks.dp_replicate * ranks_per_node / world_size  # of the whole model, on this node
+    held = 16 * parameter_count(config.model) * copies / 2**30
+    if held <= memory_gib:
+        return
+    enough = math.ceil(ranks.dp_shard * held / memory_gib)
+    raise ConfigError(
+        f"weights, gradients and moments alone need {held:.1f} GiB on each machine, which has {memory_gib:.1f}: spread "
+        f"the weights over at least parallel.dp_shard={enough} ranks, {ranks_per_node} to a machine like this one, or "
+        "take a smaller model"
     )

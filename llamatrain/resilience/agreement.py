@@ -6,6 +6,7 @@ numbers over the control group, which runs beside the step. So what is asked dur
 at the end of step t+1; what is asked before the first step, at its end. A process alone acts at once.
 """
 
+import math
 import os
 import time
 
@@ -26,7 +27,9 @@ LOOK_EVERY_S = 0.2  # a look at the files is a question to a file system that ot
 class Agreement:
     """What all ranks have agreed to do; `stop_reason` and `save_requested` are the same everywhere."""
 
-    def __init__(self, stop: StopRequest, directory: RunDirectory, world: World) -> None:
+    def __init__(
+        self, stop: StopRequest, directory: RunDirectory, world: World, *, save_every_s: float = math.inf
+    ) -> None:
         self.stop_reason: str | None = None
         self.save_requested = False
         self._stop, self._directory, self._world = stop, directory, world
@@ -34,6 +37,7 @@ class Agreement:
         self._looked_at = -LOOK_EVERY_S
         self._stop_file = self._save_file = False
         self._launcher = os.getppid()
+        self._save_every_s, self._saved_at = save_every_s, time.monotonic()
 
     def post(self) -> None:
         """Tell the others what is asked of this rank."""
@@ -59,10 +63,15 @@ class Agreement:
         """Wait for what is under way, so that no rank leaves in the middle of it."""
         self._receive()
 
+    def save_begun(self) -> None:
+        """What was asked for happens; the clock of checkpoint.every_minutes starts anew."""
+        self.save_requested, self._saved_at = False, time.monotonic()
+
     def honoured(self, file: str) -> None:
         """Remove the control file that has been acted on; who asks again makes it again."""
-        self.save_requested = self._save_file = False
         self._directory.clear_request(file)
+        if file == SAVE_FILE:
+            self._save_file = False
 
     def _receive(self) -> None:
         if self._posted is None:
@@ -86,6 +95,8 @@ class Agreement:
             save = self._save_file and not seen  # asked once, however long the file takes to go
         else:
             save = False
+        if self._world.leads and time.monotonic() - self._saved_at >= self._save_every_s:
+            save, self._saved_at = True, time.monotonic()  # asked once, though it happens a step later
         reason = self._stop.reason or (FILE_REASON if self._stop_file else "")
         if not reason and self._world.size > 1 and os.getppid() != self._launcher:
             reason = ORPHANED  # nobody would restart these ranks, end them, or know of them

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -25,13 +26,17 @@ SHAPE = [
 
 
 def start(
-    arguments: list[str], *, ranks: int = 2, restarts: int = 0, script: tuple[str, ...] = ("-m", "llamatrain.train")
+    arguments: list[str],
+    *,
+    ranks: int = 2,
+    restarts: int = 0,
+    script: tuple[str, ...] = ("-m", "llamatrain.train"),
+    output: int | IO[str] = subprocess.PIPE,
 ) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command = [*launcher, f"--max-restarts={restarts}", *script, *arguments]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=output, stderr=output, text=True)
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
@@ -209,6 +214,13 @@ def test_a_sweep_under_torchrun_is_refused(data: str, tmp_path: Path) -> None:
     exit_status, _, err = finish(start([*SHAPE, data, f"run_dir={tmp_path}", "-m", "optim.lr=1e-4,2e-4"]))
     assert exit_status == 1
     assert err.count("error: --multirun under torchrun: every job of a sweep needs processes of its own") == 1
+
+
+def test_a_refusal_before_the_ranks_have_met_is_told_once(data: str, tmp_path: Path) -> None:
+    for _ in range(3):
+        exit_status, _, err = finish(start([*SHAPE, data, f"run_dir={tmp_path}", "parallel.dp_replicate=3"], ranks=4))
+        assert exit_status == 1
+        assert err.count("error: parallel.dp_replicate=3 makes 3 ranks, there are 4: the nearest that works is") == 1
 
 
 def test_a_rank_that_does_not_come_is_named(data: str, tmp_path: Path) -> None:

@@ -118,6 +118,8 @@ def test_the_command_prints_a_table_and_its_exit_status_says_whether_all_passed(
     command = [sys.executable, "-m", "llamatrain.verify", "only=forward_prefetch=1", f"workspace={tmp_path}"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("2 layouts to try, by number of processes: 0 on 1, 1 on 2, 1 on 4\n")
+    assert done.stdout.count("ok  (1 of 1, 0 s left)\n") == 2
     assert "all 2 layouts give the model of one process" in done.stdout
     assert [result["ranks"] for n in (2, 4) for result in json.loads((tmp_path / f"results-{n}.json").read_text())] == [
         2,
