@@ -1,5 +1,6 @@
 # make demo            set up .venv and train a small LLaMA on this machine's Python library
 # make demo VENV=none  the same with the python at hand, installing nothing
+# make drills          faults made on purpose, hundreds of times (SAMPLE=1: some of each, a quarter of an hour)
 # make bench           tokens per second beside other frameworks (SMOKE=1: a few minutes, to see that it runs)
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,7 +20,7 @@ DEVELOPABLE := $(VENV)/.installed-dev
 BENCHABLE := $(VENV)/.installed-bench
 endif
 
-.PHONY: demo test test-all verify lint bench clean
+.PHONY: demo test test-all drills verify lint bench clean
 
 demo: $(INSTALLED)
 	$(RUN) -m launch.demo
@@ -29,6 +30,9 @@ test: $(TESTABLE)
 
 test-all: $(TESTABLE)
 	$(RUN) -m pytest -m "not benchmark" tests
+
+drills: $(TESTABLE)
+	$(RUN) -m pytest --drills=$(if $(SAMPLE),sample,full) tests
 
 verify: $(INSTALLED)
 	$(RUN) -m llamatrain.verify

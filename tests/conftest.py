@@ -9,6 +9,13 @@ import pytest
 
 from data_tools.tokenize_shards import TokenizeShardsSettings, tokenize_shards
 from data_tools.train_tokenizer import TrainTokenizerSettings, train_tokenizer
+from tests.drills.plugin import (  # noqa: F401 - what --drills does
+    drills,
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_configure,
+    pytest_terminal_summary,
+)
 
 TINY_VOCAB = 512
 

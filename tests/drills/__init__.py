@@ -1,0 +1,1 @@
+"""Drills: faults made on purpose, many times over, and what became of the run. `make drills`."""

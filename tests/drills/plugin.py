@@ -1,0 +1,84 @@
+"""What makes a test a drill: the marker `drill`, and a call of `drills.report` that puts a line into the table.
+
+    @pytest.mark.drill
+    def test_…(drills: Drills) -> None:
+        points = drills.pick(range(200), sample=20)
+        …
+        drills.report("kill -9 in a save", "nothing saved is lost", times=len(points), losses=losses)
+
+Drills run only when asked for: `--drills=full`, or `--drills=sample`, a seeded part of each for every change. Then
+nothing else runs.
+"""
+
+import random
+import shlex
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import pytest
+
+T = TypeVar("T")
+
+
+@dataclass
+class Drills:
+    """How much is asked for, and what came of it, a row of the table each."""
+
+    full: bool
+    seed: int
+    rows: list[tuple[str, str, int, int]] = field(default_factory=list)
+
+    def pick(self, points: Iterable[T], *, sample: int) -> list[T]:
+        """All of them, or so many drawn by the seed, in their order."""
+        points = list(points)
+        if self.full or sample >= len(points):
+            return points
+        drawn = sorted(random.Random(self.seed + len(self.rows)).sample(range(len(points)), sample))
+        return [points[number] for number in drawn]
+
+    def report(self, fault: str, promise: str, *, times: int, losses: Sequence[str]) -> None:
+        """Put a line into the table; fails with the losses, each a sentence, if there are any."""
+        self.rows.append((fault, promise, times, len(losses)))
+        assert times > 0, "nothing was tried"
+        assert not losses, f"{len(losses)} of {times}:\n" + "\n".join(losses)
+
+    def table(self) -> str:
+        """Markdown, for docs/reliability.md."""
+        head = ["| fault | promise | times | losses |", "|---|---|---|---|"]
+        return "\n".join([*head, *(f"| {fault} | {promise} | {n} | {lost} |" for fault, promise, n, lost in self.rows)])
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--drills", choices=("sample", "full"), help="run the drills, and only them")
+    parser.addoption("--drills-seed", type=int, default=1, help="which ones are in the sample, and when faults come")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[KEY] = Drills(config.getoption("--drills") == "full", config.getoption("--drills-seed"))
+
+
+KEY = pytest.StashKey[Drills]()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wanted = config.getoption("--drills") is not None
+    others = [item for item in items if (item.get_closest_marker("drill") is not None) != wanted]
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in set(others)]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    drills = config.stash[KEY]
+    if drills.rows:
+        command = "python -m pytest " + shlex.join(sys.argv[1:])
+        terminalreporter.section("drills")
+        terminalreporter.write_line(f"{time.strftime('%Y-%m-%d')}, seed {drills.seed}: {command}\n\n{drills.table()}")
+
+
+@pytest.fixture(scope="session")
+def drills(pytestconfig: pytest.Config) -> Drills:
+    return pytestconfig.stash[KEY]
