@@ -293,8 +293,8 @@ class Trainer:
 
     def _trial(self, batch: Batch) -> dict[str, Tensor]:
         """What `train_step` would do to weights, moments and counts, and its numbers; all else stays as it is."""
-        own = self.passes.accumulate(list(batch.micro_batches()), self._valid_targets(batch)) * self.share.has_loss
-        loss = self.world.sum(own.clone())
+        own = self.passes.accumulate(list(batch.micro_batches()), self._valid_targets(batch))
+        loss = self.world.sum(own * self.share.has_loss)
         grad_norm = clip_gradients(self.parameters.values(), self.config.optim.clip_norm or math.inf, self.world)
         self.bad_steps.apply(loss, grad_norm)
         return {OWN_LOSS: own, "loss": loss, "gradient norm": grad_norm}
