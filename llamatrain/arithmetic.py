@@ -92,6 +92,10 @@ def flops_per_token(model: ModelConfig, seq_len: int, *, causal: bool = False) -
     return 6 * parameter_count(model) + (attention // 2 if causal else attention)
 
 
+STATE_BYTES = 16  # of a parameter while it is trained: weight, gradient and two moments, all fp32
+SAVED_BYTES = 12  # of a parameter in a checkpoint: weight and two moments
+
+
 def element_bytes(config: RunConfig) -> int:
     """Bytes of an element of what products take: weights as they are gathered, and activations."""
     return 2 if config.train.precision == "bf16" else 4

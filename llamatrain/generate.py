@@ -13,7 +13,7 @@ DEFAULT_NEW_TOKENS = 128
 def run(settings: GenerateConfig) -> None:
     """Print each prompt with what the model writes after it."""
     check_generate(settings)
-    from llamatrain.checkpoint.store import load_model_for_inference
+    from llamatrain.checkpoint.inference import load_model_for_inference
     from llamatrain.device import PRECISIONS, choose_device, choose_precision
     from llamatrain.model.generation import generate
 

@@ -55,10 +55,16 @@ class Integrity:
             self._refuse_other(step, self._world.gather(self._replay.run(trial)))
         self._comparing = step if self._comparison_due(step) else None
 
-    def after_step(self, step: int, *, saving: bool) -> None:
-        """To be called after each step; what is to be saved is compared in any case."""
-        if self._comparison_due(step) or (saving and self._compare_every):
+    def after_step(self, step: int) -> None:
+        """To be called after each step."""
+        if self._comparison_due(step):
             self._divergence.begin(step)
+
+    def before_save(self, step: int) -> None:
+        """To be called before a save: what is saved was compared. Raises UnhealthyRun if copies differ."""
+        if self._compare_every and not self._comparison_due(step):
+            self._divergence.begin(step)
+        self.look()
 
     def look(self) -> None:
         """Raises UnhealthyRun if copies were found to differ; where the host waits for the device anyway."""

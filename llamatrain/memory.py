@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable
 
 from llamatrain.arithmetic import (
+    STATE_BYTES,
     block_parameters,
     element_bytes,
     micro_batches,
@@ -117,7 +118,7 @@ class _Stage:
         at_head = self.in_flight if self.last else 0
         norm = _norm_bytes(self.model, bytes_per_element=self.e, compiled=self._compiled, tp=self.mesh.tp)
         return {
-            "weights, gradients, moments": 16 * self.weights / self.mesh.shards,
+            "weights, gradients, moments": STATE_BYTES * self.weights / self.mesh.shards,
             "weights in use": self._weights_in_use(),
             "gradients kept back": self._gradients_kept_back(),
             "last gradient on its way": self._last_reduction(),

@@ -28,7 +28,7 @@ from llamatrain.model.attention_choice import resolve_backend
 from llamatrain.model.compilation import check_compile, resolve_compile
 from llamatrain.observe.rank_log import CONSOLE_FORMAT, RankLog
 from llamatrain.parallel.recompute import resolve_recompute
-from llamatrain.preflight import preflight
+from llamatrain.preflight.inspection import preflight
 from llamatrain.process import attempt_id, this_process, write_error_file
 from llamatrain.resilience.control import StopRequest
 from llamatrain.resilience.watchdog import Watchdog, hang_name

@@ -145,7 +145,6 @@ class Snapshots:
         committed: Callable[[], None] | None,
     ) -> None:
         """What is done beside training; `blocked_s`: how long that waited, None for all the time."""
-
         committed_as: list[Path] = []  # not written again if only the journal's line is refused
 
         def write() -> None:
@@ -214,6 +213,7 @@ class Snapshots:
         """
         with suppress(CheckpointError):  # told already; what it was to write is not there
             self._background.wait()
+        self._unsaved = None
         root, world = self.directory.checkpoints, self.world
         refused: list[tuple[Path, str]] = []
         names = self.names_everywhere()

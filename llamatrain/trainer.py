@@ -41,7 +41,7 @@ from llamatrain.model.init import init_parameters
 from llamatrain.observe.goodput import Accounts
 from llamatrain.observe.profiler import Profiler, aside
 from llamatrain.observe.records import MetricsLog, Record
-from llamatrain.observe.sinks import Console, Sink, Wandb, duration
+from llamatrain.observe.sinks import Sink, duration, open_sinks
 from llamatrain.observe.stragglers import Stragglers
 from llamatrain.observe.throughput import Throughput
 from llamatrain.optim.adamw import build_adamw, set_learning_rate, start_anew
@@ -104,8 +104,14 @@ class Trainer:
         )
         with world.together():
             self.validation = Validation(config, self.sources, self.tokenizer, self.device, world, self.layout)
-        self.metrics, self.sinks = self._open_sinks(resources)
-        self.validated_step = world.decide(lambda: self.metrics.validated_step if self.metrics else None)
+        self.metrics: MetricsLog | None = None  # where records go, on rank 0 only
+        self.sinks: list[Sink] = []
+        if world.leads:
+            self.metrics = MetricsLog(directory.metrics, resumed_step=self.saved_step)
+            self.sinks = open_sinks(config, directory.path)
+            for sink in (self.metrics, *self.sinks):
+                resources.callback(sink.close)
+        self.validated_step = self._last_validated()
         self.throughput = Throughput(config, device_name=device_name(self.device), world_size=world.size)
         slow = config.logging.straggler_factor
         self.stragglers = Stragglers(self.model, world=world, device=self.device, nodes=nodes, factor=slow)
@@ -187,25 +193,6 @@ class Trainer:
             environment=environment,
         )
 
-    def _open_sinks(self, resources: ExitStack) -> tuple[MetricsLog | None, list[Sink]]:
-        """Where records go; on rank 0 only."""
-        if not self.world.leads:
-            return None, []
-        metrics = MetricsLog(self.directory.metrics, resumed_step=self.saved_step)
-        sinks: list[Sink] = [Console(total_steps=self.config.total_steps)]
-        if self.config.logging.wandb != "off":
-            sinks.append(
-                Wandb(
-                    self.config.logging,
-                    name=self.config.name,
-                    directory=self.directory.path,
-                    config=self.config.as_dict(),
-                )
-            )
-        for sink in (metrics, *sinks):
-            resources.callback(sink.close)
-        return metrics, sinks
-
     # ------------------------------------------------------------------ the loop
 
     def fit(self) -> None:
@@ -283,8 +270,7 @@ class Trainer:
         Returns the loss and the gradient's norm before clipping, fp32 scalars on the device, the same on all ranks.
         """
         loss = self.accumulate_gradients(batch)
-        clip_norm = self.config.optim.clip_norm or math.inf
-        grad_norm = clip_gradients(self.parameters.values(), clip_norm, self.world)
+        grad_norm = self._clip()
         self.step += 1
         set_learning_rate(self.optimizer, self._learning_rate())
         self.bad_steps.update(self.step, loss, grad_norm, self.data_state.span(self.config.global_batch))
@@ -293,9 +279,8 @@ class Trainer:
 
     def _trial(self, batch: Batch) -> dict[str, Tensor]:
         """What `train_step` would do to weights, moments and counts, and its numbers; all else stays as it is."""
-        own = self.passes.accumulate(list(batch.micro_batches()), self._valid_targets(batch))
-        loss = self.world.sum(own * self.share.has_loss)
-        grad_norm = clip_gradients(self.parameters.values(), self.config.optim.clip_norm or math.inf, self.world)
+        own = self._accumulate(batch)
+        loss, grad_norm = self._over_ranks(own), self._clip()
         self.bad_steps.apply(loss, grad_norm)
         return {OWN_LOSS: own, "loss": loss, "gradient norm": grad_norm}
 
@@ -306,8 +291,17 @@ class Trainer:
         not depend on how the batch is cut into micro-batches, or spread over ranks.
         """
         self.stragglers.first_collective()
-        loss = self.passes.accumulate(list(batch.micro_batches()), self._valid_targets(batch))
+        return self._over_ranks(self._accumulate(batch))
+
+    def _accumulate(self, batch: Batch) -> Tensor:
+        """The same, of this rank's share alone."""
+        return self.passes.accumulate(list(batch.micro_batches()), self._valid_targets(batch))
+
+    def _over_ranks(self, loss: Tensor) -> Tensor:
         return self.world.sum(loss * self.share.has_loss)
+
+    def _clip(self) -> Tensor:
+        return clip_gradients(self.parameters.values(), self.config.optim.clip_norm or math.inf, self.world)
 
     def _valid_targets(self, batch: Batch) -> int | Tensor:
         """Targets that carry loss in the whole step, over all ranks."""
@@ -323,14 +317,11 @@ class Trainer:
 
     def _after_step(self, loss: Tensor, grad_norm: Tensor) -> None:
         """Log, validate and save where the step is due for it, in this order: records come before their checkpoint."""
-        config = self.config
         self.directory.heartbeat(self.step)
         self.agreement.step_ended()
         logging_due = self._logging_due(self.step)
-        saving_due = self._last or self.step % config.checkpoint.every_steps == 0
-        saving = bool(saving_due or self.agreement.save_requested or self._stop_reason())
-        self.integrity.after_step(self.step, saving=saving)
-        if logging_due or saving or self._validation_due():  # the host waits for this step anyway
+        self.integrity.after_step(self.step)
+        if logging_due or self._saving_due() or self._validation_due():  # the host waits for this step anyway
             self.bad_steps.settle()
             self.integrity.look()
         if self._rolled_back():
@@ -338,7 +329,7 @@ class Trainer:
         if logging_due:
             self._log(self._training_record(loss, grad_norm))
         self._validate_if_due()
-        if saving_due or self.agreement.save_requested or self._stop_reason():
+        if self._saving_due():
             self._save()
 
     def _rolled_back(self) -> bool:
@@ -356,7 +347,7 @@ class Trainer:
         self.data_state = self.data_state.pass_over(*samples)
         if self.metrics is not None:
             self.metrics.back_to(self.step)
-        self.validated_step = self.world.decide(lambda: self.metrics.validated_step if self.metrics else None)
+        self.validated_step = self._last_validated()
         self.bad_steps.forget()
         self.rollbacks += 1
         self.throughput.pause(time.perf_counter() - started)
@@ -364,6 +355,10 @@ class Trainer:
 
     def _logging_due(self, step: int) -> bool:
         return step >= self.config.total_steps or step % self.config.logging.every_steps == 0
+
+    def _saving_due(self) -> bool:
+        by_number = self._last or self.step % self.config.checkpoint.every_steps == 0
+        return by_number or self.agreement.save_requested or self._stop_reason() is not None
 
     @property
     def _last(self) -> bool:
@@ -407,6 +402,7 @@ class Trainer:
             return
         started = time.perf_counter()
         self.directory.heartbeat(self.step, phase=SAVING)
+        self.integrity.before_save(self.step)
         committed = partial(self.agreement.honoured, SAVE_FILE) if self.agreement.save_requested else None
         records_on_disk = self.metrics.sync if self.metrics is not None else None
         with aside():
@@ -444,6 +440,9 @@ class Trainer:
         """Whether this step is to be validated and has not been: a stop may have come in between."""
         every = self.config.evaluation.every_steps
         return bool(every) and (self._last or self.step % every == 0) and self.validated_step != self.step
+
+    def _last_validated(self) -> int | None:
+        return self.world.decide(lambda: self.metrics.validated_step if self.metrics else None)
 
     def _validate_if_due(self) -> None:
         """Validate; a request to stop breaks it off, and the resumed run begins with it."""

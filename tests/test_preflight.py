@@ -14,8 +14,18 @@ from llamatrain.checkpoint.commit import MANIFEST_FILE
 from llamatrain.config import RunConfig
 from llamatrain.distributed import World
 from llamatrain.errors import ConfigError
-from llamatrain.findings import Facts, Need, Speeds, judge_facts, judge_speeds, numbers, odd_ones, slow_ones, told
-from llamatrain.preflight import preflight, room_needed
+from llamatrain.preflight.findings import (
+    Facts,
+    Need,
+    Speeds,
+    judge_facts,
+    judge_speeds,
+    numbers,
+    odd_ones,
+    slow_ones,
+    told,
+)
+from llamatrain.preflight.inspection import preflight, room_needed
 from llamatrain.run_directory import RunDirectory
 from llamatrain.session import run_on
 from tests.small_run import small_config

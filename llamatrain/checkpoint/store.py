@@ -14,7 +14,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -25,18 +25,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llamatrain.arithmetic import parameter_shapes
 from llamatrain.checkpoint import commit
 from llamatrain.checkpoint.boxes import cover, is_chunk
 from llamatrain.checkpoint.commit import Manifest
-from llamatrain.config import ModelConfig
-from llamatrain.config.build import build
-from llamatrain.config.model import check_model
 from llamatrain.distributed import World, is_a_copy
-from llamatrain.errors import CheckpointError, ConfigError, DataError
+from llamatrain.errors import CheckpointError, ConfigError
 from llamatrain.flat import FlatPart, local_boxes
-from llamatrain.model.llama import Llama
-from llamatrain.tokenizer import TOKENIZER_FILE, Tokenizer
 
 TensorGroups = Mapping[str, Mapping[str, Tensor | FlatPart]]
 Boxes = dict[str, dict[str, list[tuple[Tensor, list[int]]]]]  # group, name: memory and where it begins
@@ -391,9 +385,6 @@ class _Part:
         return True
 
 
-# ---------------------------------------------------------------------- what commands want
-
-
 def find_checkpoint(path: Path) -> Path:
     """A checkpoint directory itself, or the newest of a run directory. Raises ConfigError."""
     if (path / commit.MANIFEST_FILE).is_file():
@@ -402,37 +393,3 @@ def find_checkpoint(path: Path) -> Path:
     if not checkpoints:
         raise ConfigError(f"checkpoint={path}: neither a checkpoint nor a run directory with one")
     return checkpoints[0]
-
-
-def load_model_for_inference(
-    path: str | Path, device: torch.device, *, compute_dtype: torch.dtype
-) -> tuple[Llama, Tokenizer]:
-    """The weights of a checkpoint (or of the newest in a run directory) as a model in evaluation mode.
-
-    Attention is torch's own, which runs on every device, whatever the run was trained with.
-
-    Returns the model and the run's tokenizer. Raises CheckpointError, and DataError for another tokenizer.
-    """
-    checkpoint = find_checkpoint(Path(path))
-    manifest = open_checkpoint(checkpoint, groups=["model"])
-    described = {name: tuple(entry["shape"]) for name, entry in manifest["tensors"]["model"].items()}
-    try:
-        config = replace(build(ModelConfig, manifest["model"]), attention="sdpa")
-        check_model(config)
-        if config.n_layers > len(described) or parameter_shapes(config) != described:
-            raise ConfigError("its tensors are of another")
-        tokenizer_sha256 = str(manifest["tokenizer_sha256"])
-    except (ConfigError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint}: the manifest's model cannot be built ({error})") from None
-    tokenizer = Tokenizer(checkpoint.parent.parent / TOKENIZER_FILE)
-    if tokenizer.sha256 != tokenizer_sha256:
-        raise DataError(
-            f"{tokenizer.path}: not the tokenizer {checkpoint} was trained with (SHA-256 {tokenizer_sha256[:12]}…); "
-            "put that one back"
-        )
-    with torch.device("meta"):
-        model = Llama(config, compute_dtype=compute_dtype)
-    model.to_empty(device=device)
-    model.rebuild_rope_tables()
-    Reader(checkpoint, manifest).fill("model", dict(model.named_parameters()))
-    return model.eval(), tokenizer

@@ -9,7 +9,7 @@ import uuid
 from pathlib import Path
 from typing import Any, Protocol
 
-from llamatrain.config import LoggingConfig
+from llamatrain.config import LoggingConfig, RunConfig
 from llamatrain.files import write_bytes_atomically
 from llamatrain.observe.records import Record
 
@@ -77,6 +77,14 @@ class Console:
 
     def close(self) -> None:
         pass
+
+
+def open_sinks(config: RunConfig, run_dir: Path) -> list[Sink]:
+    """What a run's settings ask for."""
+    sinks: list[Sink] = [Console(total_steps=config.total_steps)]
+    if config.logging.wandb != "off":
+        sinks.append(Wandb(config.logging, name=config.name, directory=run_dir, config=config.as_dict()))
+    return sinks
 
 
 def stored_run_id(path: Path) -> str:

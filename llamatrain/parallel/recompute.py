@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from llamatrain.arithmetic import parameter_count
+from llamatrain.arithmetic import STATE_BYTES, parameter_count
 from llamatrain.config import ParallelConfig, RunConfig
 from llamatrain.config.parallel import LINEARS, RECOMPUTE, layout
 from llamatrain.device import memory_total_gib
@@ -187,7 +187,7 @@ def refuse_more_than_the_machine(config: RunConfig, memory_gib: float, world_siz
     """
     ranks = layout(config.parallel, world_size)
     copies = ranks.dp_replicate * ranks_per_node / world_size  # of the whole model, on this node
-    held = 16 * parameter_count(config.model) * copies / 2**30
+    held = STATE_BYTES * parameter_count(config.model) * copies / 2**30
     if held <= memory_gib:
         return
     enough = math.ceil(ranks.dp_shard * held / memory_gib)

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from llamatrain import preflight as module
 from llamatrain.device import describe_environment
 from llamatrain.distributed import World
 from llamatrain.errors import ConfigError
-from llamatrain.preflight import preflight
+from llamatrain.preflight import inspection as module
+from llamatrain.preflight.inspection import preflight
 from llamatrain.session import open_run_directory
 from tests.ranks import on_ranks
 from tests.small_run import small_config

@@ -23,7 +23,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llamatrain.checkpoint import commit, store
+from llamatrain.checkpoint import commit, inference, store
 from llamatrain.checkpoint.boxes import cover
 from llamatrain.config import RunConfig
 from llamatrain.config.build import build
@@ -352,7 +352,7 @@ def test_a_model_that_its_tensors_are_not_of_is_not_built(trained: tuple[Trainer
     for name, value in (("n_layers", 10**12), ("dim", 2**40), ("max_seq_len", 10**12), ("n_heads", 0)):
         rewrite(checkpoint, {**manifest, "model": {**manifest["model"], name: value}})
         with pytest.raises(CheckpointError, match=r"the manifest's model cannot be built"):
-            store.load_model_for_inference(checkpoint, torch.device("cpu"), compute_dtype=torch.float32)
+            inference.load_model_for_inference(checkpoint, torch.device("cpu"), compute_dtype=torch.float32)
     rewrite(checkpoint, dict(manifest))
 
 

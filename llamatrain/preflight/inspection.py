@@ -1,9 +1,9 @@
 """What is looked at before a run begins: machines, links, disk, clocks, packages; in seconds, and the odd one named.
 
-Every rank looks at what it has, rank 0 judges (`llamatrain.findings`). First what can be seen without a collective,
-for where ranks have other packages or folders the first collective may hang; then speeds. What cannot go well is
-refused. A speed never is: it is measured in moments, on machines that others may use too, and a slow run may be better
-than none.
+Every rank looks at what it has, rank 0 judges (`llamatrain.preflight.findings`). First what can be seen without a
+collective, for where ranks have other packages or folders the first collective may hang; then speeds. What cannot go
+well is refused. A speed never is: it is measured in moments, on machines that others may use too, and a slow run may be
+better than none.
 
 A node or GPU that limps shows in the matrix product, beside the others' and the data sheet's; a link, in exchanges of
 neighbours two by two. Error counts and throttle reasons are not read: torch does not tell them.
@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llamatrain.arithmetic import parameter_count, peak_flops
+from llamatrain.arithmetic import SAVED_BYTES, parameter_count, peak_flops
 from llamatrain.checkpoint import commit
 from llamatrain.config import RunConfig
 from llamatrain.device import (
@@ -34,13 +34,12 @@ from llamatrain.device import (
     memory_total_gib,
 )
 from llamatrain.distributed import World
-from llamatrain.findings import Facts, Need, Speeds, judge_facts, judge_speeds, numbers, told
 from llamatrain.parallel.overlap import REPETITIONS, all_reduce_rate, seconds_of
+from llamatrain.preflight.findings import Facts, Need, Speeds, judge_facts, judge_speeds, numbers, told
 from llamatrain.run_directory import RunDirectory
 
 log = logging.getLogger("llamatrain")
 
-BYTES_PER_PARAMETER = 12  # of a checkpoint: weight and two moments in fp32
 FILES_PER_RANK = 3
 TOKEN = ".preflight"  # files of this name, and more, are written and removed
 TOKEN_PATIENCE_S = 20.0  # for a file of rank 0 to be seen elsewhere
@@ -90,7 +89,7 @@ def room_needed(config: RunConfig, checkpoints: Path, ranks: int) -> Need:
     at_most = settings.keep_last + 1 + for_ever  # the oldest goes when the newest is whole
     ended = bool(there) and commit.step_of(there[0]) >= config.total_steps
     return Need(
-        size=BYTES_PER_PARAMETER * parameter_count(config.model),
+        size=SAVED_BYTES * parameter_count(config.model),
         files=FILES_PER_RANK * ranks + 1,
         more=0 if ended else max(1, at_most - len(there)),
     )
