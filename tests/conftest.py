@@ -14,6 +14,7 @@ from tests.drills.plugin import (  # noqa: F401 - what --drills does
     pytest_addoption,
     pytest_collection_modifyitems,
     pytest_configure,
+    pytest_runtest_makereport,
     pytest_terminal_summary,
 )
 

@@ -104,6 +104,7 @@ def train_with_a_slow_rank(world: World, config: RunConfig) -> None:
     [{}, *(pytest.param(layout, marks=pytest.mark.slow) for layout in ({"dp_replicate": 2}, {"pp": 2}, {"tp": 2}))],
     ids=str,
 )
+@pytest.mark.drill("a rank sleeps, outside and inside its blocks", "it is the slowest in the metrics", always=True)
 def test_a_rank_that_sleeps_is_the_slowest_wherever_it_sleeps(
     parallel: dict[str, int], sources: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -115,7 +115,9 @@ def all_courses(world: World, directory: Path, sources: dict[str, Path]) -> dict
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.drill(
+    "NaN in a weight's gradient or in activations of one rank", "skipped by all ranks, counted, weights kept"
+)
 def test_what_is_not_finite_on_one_rank_is_skipped_by_all(sources: dict[str, Path], tmp_path: Path) -> None:
     one, other = on_ranks(2, all_courses, tmp_path, sources)
     for case in one:
@@ -144,7 +146,10 @@ def train(world: World, config: RunConfig, die: bool) -> None:
     run_on(world, config, StopRequest())
 
 
-@pytest.mark.slow
+@pytest.mark.drill(
+    "a spike on one rank, and the death of a rank after the rollback",
+    "skipped, or all go back and pass over its samples; started again, the same choices and the same bits",
+)
 @pytest.mark.parametrize("parallel", [{}, {"tp": 2}])
 def test_a_spike_on_one_rank_takes_all_back_and_survives_a_death(
     parallel: dict[str, Any], sources: dict[str, Path], tmp_path: Path

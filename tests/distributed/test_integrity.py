@@ -16,6 +16,8 @@ from tests.ranks import on_ranks
 from tests.small_run import small_config, trainer_for
 
 STEP = 6  # the last whose state is whole
+NOTICED = "noticed at the next comparison, the rank or the pair named, and the tensor"
+FLIPPED = "a bit flips on one rank: replicas, norms over tensor parallelism, weights kept gathered"
 
 
 def first_number(tensor: Tensor) -> Tensor:
@@ -91,19 +93,30 @@ def train(
     return ""
 
 
+PAIR, ONE = "no majority to tell which is right", "has another than the 3 others"
 CASES = [
-    pytest.param({"dp_replicate": 2}, flip_weight, "layers.1.attention.wq.weight", "pair", id="replicas-weight"),
-    pytest.param({"dp_replicate": 2}, flip_moment, "layers.0.feed_forward.w2.weight", "pair", id="replicas-moment"),
-    pytest.param({"tp": 2}, flip_weight, "layers.0.ffn_norm.weight", "pair", id="tp-norm"),
+    pytest.param(2, {"dp_replicate": 2}, flip_weight, "layers.1.attention.wq.weight", PAIR, id="replicas-weight"),
+    pytest.param(2, {"dp_replicate": 2}, flip_moment, "layers.0.feed_forward.w2.weight", PAIR, id="replicas-moment"),
+    pytest.param(4, {"dp_replicate": 4}, flip_moment, "layers.0.feed_forward.w2.weight", ONE, id="four-replicas"),
+    pytest.param(2, {"tp": 2}, flip_weight, "layers.0.ffn_norm.weight", PAIR, id="tp-norm"),
     pytest.param(
-        {"reshard_after_forward": "never"}, flip_gathered, "layers.1.feed_forward.w1.weight", "pair", id="kept-gathered"
+        2,
+        {"reshard_after_forward": "never"},
+        flip_gathered,
+        "layers.1.feed_forward.w1.weight",
+        PAIR,
+        id="kept-gathered",
+    ),
+    pytest.param(
+        4, {"reshard_after_forward": "never"}, flip_gathered, "layers.1.feed_forward.w1.weight", ONE, id="kept-by-four"
     ),
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("parallel", "fault", "name", "told"), CASES)
+@pytest.mark.drill(FLIPPED, NOTICED)
+@pytest.mark.parametrize(("ranks", "parallel", "fault", "name", "told"), CASES)
 def test_a_flipped_bit_is_noticed(
+    ranks: int,
     parallel: dict[str, Any],
     fault: Callable[[Trainer, str], None],
     name: str,
@@ -111,10 +124,10 @@ def test_a_flipped_bit_is_noticed(
     sources: dict[str, Path],
     tmp_path: Path,
 ) -> None:
-    messages = on_ranks(2, train, sources, tmp_path / "run", parallel, fault, name, 1, {})
+    messages = on_ranks(ranks, train, sources, tmp_path / "run", parallel, fault, name, 1, {})
     assert len(set(messages)) == 1
     assert messages[0].startswith("step 8: copies of ")
-    assert "no majority" in messages[0] and "rank 1 on " in messages[0]
+    assert told in messages[0] and "rank 1 on " in messages[0]
     if fault is flip_gathered or fault is flip_moment:
         assert name in messages[0]
     assert (tmp_path / "run" / "checkpoints").exists() is False  # nothing was saved from it
@@ -168,7 +181,7 @@ def replayed(
     return ""
 
 
-@pytest.mark.slow
+@pytest.mark.drill("a rank computes wrongly once, in a step that is run twice", "the step and the rank are named")
 @pytest.mark.parametrize("parallel", [{}, {"tp": 2}, {"pp": 2}])
 def test_a_step_that_does_not_repeat_is_told_with_the_rank(
     parallel: dict[str, Any], sources: dict[str, Path], tmp_path: Path

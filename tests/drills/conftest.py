@@ -1,17 +1,20 @@
 """Servers of forks behind the fault injector, and the undisturbed runs that others are compared with."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
 from tests.drills.forks import Fault, Forks, build_injector
-from tests.drills.runs import config_for
+from tests.drills.plugin import Drills
+from tests.drills.runs import config_for, in_turn
 
 AT_A_TIME = 2
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,3 +51,33 @@ def undisturbed(
         return made[ranks]
 
     return make
+
+
+@dataclass(frozen=True)
+class Yard:
+    """What a drill on forked runs needs."""
+
+    forks: Sequence[Forks]
+    undisturbed: Callable[[int], Undisturbed]
+    sources: dict[str, Path]
+    drills: Drills
+    path: Path  # for this drill alone
+
+    def place(self, number: int) -> tuple[Path, Path]:
+        """Where that point's run directory and logs go."""
+        return self.path / str(number), self.path / f"{number}.log"
+
+    def drill(self, fault: str, promise: str, points: Sequence[T], do: Callable[[Forks, T], str | None]) -> None:
+        """`do` tells the loss of a point, if there is one; the whole is a line of the table."""
+        self.drills.report(fault, promise, times=len(points), losses=in_turn(self.forks, points, do))
+
+
+@pytest.fixture
+def yard(
+    forks: list[Forks],
+    undisturbed: Callable[[int], Undisturbed],
+    sources: dict[str, Path],
+    drills: Drills,
+    tmp_path: Path,
+) -> Yard:
+    return Yard(forks, undisturbed, sources, drills, tmp_path)

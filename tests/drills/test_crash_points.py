@@ -6,16 +6,13 @@ A killed process loses nothing that a call has handed to the system; what a mach
 
 import random
 import signal
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
-from tests.drills.conftest import Undisturbed
+from tests.drills.conftest import Undisturbed, Yard
 from tests.drills.forks import Fault, Forks
-from tests.drills.plugin import Drills
-from tests.drills.runs import config_for, in_turn, lost_for_good, lost_on_disk
+from tests.drills.runs import config_for, lost_for_good, lost_on_disk
 
 pytestmark = [pytest.mark.drill, pytest.mark.timeout(7200)]
 
@@ -49,12 +46,10 @@ def crash_points(undisturbed: Undisturbed) -> list[Point]:
     return [Point(number, *point) for number, point in enumerate(both)]
 
 
-def survive(
-    forks: Forks, point: Point, *, ranks: int, sources: dict[str, Path], reference: Path, tmp_path: Path
-) -> str | None:
+def survive(yard: Yard, forks: Forks, point: Point, whole: Undisturbed, *, ranks: int = 1) -> str | None:
     """Let it happen; what is lost, if anything."""
-    run_dir, log = tmp_path / str(point.number), tmp_path / f"{point.number}.log"
-    config = config_for(run_dir, sources, asynchronous=point.asynchronous)
+    run_dir, log = yard.place(point.number)
+    config = config_for(run_dir, yard.sources, asynchronous=point.asynchronous)
     for fault in (point.fault, point.again):
         if fault is not None:
             end = forks.run(config, fault, log, ranks=ranks)[fault.rank]
@@ -63,65 +58,33 @@ def survive(
                 return f"it ended with {end.status}: {end.said[-1500:]}"
             if loss := lost_on_disk(run_dir):
                 return loss
-    return lost_for_good(forks, config, reference, log, ranks=ranks)
+    return lost_for_good(forks, config, whole.run_dir, log, ranks=ranks)
 
 
 @pytest.mark.parametrize("ranks", LAYOUTS)
-def test_killed_at_any_call(
-    ranks: int,
-    forks: list[Forks],
-    undisturbed: Callable[[int], Undisturbed],
-    sources: dict[str, Path],
-    drills: Drills,
-    tmp_path: Path,
-) -> None:
-    whole = undisturbed(ranks)
-    points = drills.pick(crash_points(whole), sample={1: 28, 2: 12}[ranks])
-
-    def one(server: Forks, point: Point) -> str | None:
-        return survive(server, point, ranks=ranks, sources=sources, reference=whole.run_dir, tmp_path=tmp_path)
-
-    losses = in_turn(forks, points, one)
+def test_killed_at_any_call(ranks: int, yard: Yard) -> None:
+    whole = yard.undisturbed(ranks)
+    points = yard.drills.pick(crash_points(whole), sample={1: 28, 2: 12}[ranks])
     where = "" if ranks == 1 else ", one of two ranks"
-    drills.report(f"SIGKILL at a system call of a run that saves{where}", PROMISE, times=len(points), losses=losses)
+    fault = f"SIGKILL at a system call of a run that saves{where}"
+    yard.drill(fault, PROMISE, points, lambda forks, point: survive(yard, forks, point, whole, ranks=ranks))
 
 
-def test_killed_at_any_call_and_again_while_it_starts_again(
-    forks: list[Forks],
-    undisturbed: Callable[[int], Undisturbed],
-    sources: dict[str, Path],
-    drills: Drills,
-    tmp_path: Path,
-) -> None:
-    whole, rng = undisturbed(1), random.Random(drills.seed)
-    calls = len(whole.calls[0])
+def test_killed_at_any_call_and_again_while_it_starts_again(yard: Yard) -> None:
+    rng, whole = random.Random(yard.drills.seed), yard.undisturbed(1)
 
     def drawn(last: int) -> Fault:
         return Fault(rng.choice(["kill", "torn"]), first=rng.randint(1, last))
 
-    points = [Point(n, bool(n % 2), drawn(calls), drawn(60)) for n in range(60 if drills.full else 4)]
-
-    def one(server: Forks, point: Point) -> str | None:
-        return survive(server, point, ranks=1, sources=sources, reference=whole.run_dir, tmp_path=tmp_path)
-
-    losses = in_turn(forks, points, one)
-    drills.report("the same, and again in the start after it", PROMISE, times=len(points), losses=losses)
-
-
-def test_killed_at_random(
-    forks: list[Forks],
-    undisturbed: Callable[[int], Undisturbed],
-    sources: dict[str, Path],
-    drills: Drills,
-    tmp_path: Path,
-) -> None:
-    whole, rng = undisturbed(1), random.Random(drills.seed)
     points = [
-        Point(n, bool(n % 2), Fault(kill_after_s=rng.uniform(0.05, 1.5))) for n in range(100 if drills.full else 4)
+        Point(n, bool(n % 2), drawn(len(whole.calls[0])), drawn(60)) for n in range(60 if yard.drills.full else 4)
     ]
+    fault = "the same, and again in the start after it"
+    yard.drill(fault, PROMISE, points, lambda forks, point: survive(yard, forks, point, whole))
 
-    def one(server: Forks, point: Point) -> str | None:
-        return survive(server, point, ranks=1, sources=sources, reference=whole.run_dir, tmp_path=tmp_path)
 
-    losses = in_turn(forks, points, one)
-    drills.report("kill -9 at a random moment of a run that saves", PROMISE, times=len(points), losses=losses)
+def test_killed_at_random(yard: Yard) -> None:
+    rng, whole, times = random.Random(yard.drills.seed), yard.undisturbed(1), 100 if yard.drills.full else 4
+    points = [Point(n, bool(n % 2), Fault(kill_after_s=rng.uniform(0.05, 1.5))) for n in range(times)]
+    fault = "kill -9 at a random moment of a run that saves"
+    yard.drill(fault, PROMISE, points, lambda forks, point: survive(yard, forks, point, whole))

@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 
 from llamatrain.run_directory import read_status
-from tests.drills.conftest import Undisturbed
+from tests.drills.conftest import Undisturbed, Yard
 from tests.drills.forks import FOR_EVER, End, Fault, Forks
-from tests.drills.plugin import Drills
-from tests.drills.runs import STEPS, config_for, in_turn, lost_for_good, lost_on_disk, noted_steps
+from tests.drills.runs import STEPS, config_for, lost_for_good, lost_on_disk, noted_steps
 
 pytestmark = [pytest.mark.drill, pytest.mark.timeout(7200)]
 
@@ -64,56 +63,37 @@ def disorder(ends: list[End], run_dir: Path) -> str | None:
 
 @pytest.mark.parametrize("ranks", [pytest.param(1, id="1 rank"), pytest.param(2, id="2 ranks")])
 @pytest.mark.parametrize("span", SPANS, ids=SPANS.values())
-def test_a_disk_that_refuses(
-    span: int,
-    ranks: int,
-    forks: list[Forks],
-    undisturbed: Callable[[int], Undisturbed],
-    sources: dict[str, Path],
-    drills: Drills,
-    tmp_path: Path,
-) -> None:
-    whole = undisturbed(ranks)
-    points = drills.pick(error_points(whole, span), sample={1: 8, 2: 3}[ranks])
+def test_a_disk_that_refuses(span: int, ranks: int, yard: Yard) -> None:
+    whole = yard.undisturbed(ranks)
+    points = yard.drills.pick(error_points(whole, span), sample={1: 8, 2: 3}[ranks])
 
-    def one(server: Forks, point: Point) -> str | None:
-        run_dir, log = tmp_path / str(point.number), tmp_path / f"{point.number}.log"
-        config = config_for(run_dir, sources, asynchronous=point.asynchronous, checkpoint=TRIES)
-        ends = server.run(config, point.fault, log, ranks=ranks)
+    def loss(forks: Forks, point: Point) -> str | None:
+        run_dir, log = yard.place(point.number)
+        config = config_for(run_dir, yard.sources, asynchronous=point.asynchronous, checkpoint=TRIES)
+        ends = forks.run(config, point.fault, log, ranks=ranks)
         return (
             disorder(ends, run_dir)
             or lost_on_disk(run_dir)
-            or lost_for_good(server, config, whole.run_dir, log, ranks=ranks)
+            or lost_for_good(forks, config, whole.run_dir, log, ranks=ranks)
         )
 
-    losses = in_turn(forks, points, one)
     where = "" if ranks == 1 else ", of one of two ranks"
-    drills.report(
-        f"a call refused {SPANS[span]} (no room, quota, I/O error){where}", PROMISE, times=len(points), losses=losses
-    )
+    yard.drill(f"a call refused {SPANS[span]} (no room, quota, I/O error){where}", PROMISE, points, loss)
 
 
-def test_writes_that_take_a_part(
-    forks: list[Forks],
-    undisturbed: Callable[[int], Undisturbed],
-    sources: dict[str, Path],
-    drills: Drills,
-    tmp_path: Path,
-) -> None:
-    whole = undisturbed(1)
+def test_writes_that_take_a_part(yard: Yard) -> None:
+    whole = yard.undisturbed(1)
     writes = [n for n, call in enumerate(whole.calls[0], start=1) if call.startswith("write ")]
-    points = drills.pick([Point(n, bool(n % 2), Fault("short", n)) for n in writes], sample=4)
+    points = yard.drills.pick([Point(n, bool(n % 2), Fault("short", n)) for n in writes], sample=4)
 
-    def one(server: Forks, point: Point) -> str | None:
-        run_dir, log = tmp_path / str(point.number), tmp_path / f"{point.number}.log"
-        config = config_for(run_dir, sources, asynchronous=point.asynchronous)
-        (end,) = server.run(config, point.fault, log)
-        return (f"it ended with {end.status}" if end.status else None) or lost_for_good(
-            server, config, whole.run_dir, log
-        )
+    def loss(forks: Forks, point: Point) -> str | None:
+        run_dir, log = yard.place(point.number)
+        config = config_for(run_dir, yard.sources, asynchronous=point.asynchronous)
+        (end,) = forks.run(config, point.fault, log)
+        ended = f"it ended with {end.status}" if end.status else None
+        return ended or lost_for_good(forks, config, whole.run_dir, log)
 
-    losses = in_turn(forks, points, one)
-    drills.report("a write that takes half of what it is given", "nobody notices", times=len(points), losses=losses)
+    yard.drill("a write that takes half of what it is given", "nobody notices", points, loss)
 
 
 # ---------------------------------------------------------------------- a disk that is really full
@@ -137,23 +117,16 @@ def disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
         subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
-def test_a_disk_that_is_full(
-    forks: list[Forks],
-    undisturbed: Callable[[int], Undisturbed],
-    sources: dict[str, Path],
-    drills: Drills,
-    tmp_path: Path,
-    disk: Callable[[int], Path],
-) -> None:
-    whole = undisturbed(1)
+def test_a_disk_that_is_full(yard: Yard, disk: Callable[[int], Path]) -> None:
+    whole, forks = yard.undisturbed(1), yard.forks[0]
     room = sum(path.stat().st_size for path in whole.run_dir.rglob("*") if path.is_file()) // 1024
-    enough, losses, sizes = 8 * room, [], range(8, 2 * room + 100, 24 if drills.full else 240)
+    enough, losses, sizes = 8 * room, [], range(8, 2 * room + 100, 24 if yard.drills.full else 240)
     for number, kib in enumerate(sizes):
-        run_dir = disk(kib) / str(number)
-        config = config_for(run_dir, sources, asynchronous=bool(number % 2), checkpoint=TRIES)
-        loss = disorder(forks[0].run(config, Fault(), tmp_path / "log"), run_dir) or lost_on_disk(run_dir)
+        run_dir, (_, log) = disk(kib) / str(number), yard.place(number)
+        config = config_for(run_dir, yard.sources, asynchronous=bool(number % 2), checkpoint=TRIES)
+        loss = disorder(forks.run(config, Fault(), log), run_dir) or lost_on_disk(run_dir)
         disk(enough)
-        loss = loss or lost_for_good(forks[0], config, whole.run_dir, tmp_path / "log")
+        loss = loss or lost_for_good(forks, config, whole.run_dir, log)
         losses += [f"{kib} KiB: {loss}"] if loss else []
         subprocess.run(["rm", "-rf", str(run_dir)], check=True)
-    drills.report("a file system of so many sizes that is full", PROMISE, times=len(sizes), losses=losses)
+    yard.drills.report("a file system of so many sizes that is full", PROMISE, times=len(sizes), losses=losses)

@@ -20,19 +20,21 @@ from tests.small_run import assert_same_run, status
 
 pytestmark = [pytest.mark.drill, pytest.mark.timeout(7200)]
 
-STEPS_A_KILL = 6  # how far the run comes in between, on average: a save at every fifth step
+STEPS_A_KILL = 12  # of which a half is done before it, on average: a save at every fifth step
 GUARDS = ["resilience.preflight=false", "train.max_starts_without_progress=1000"]
 
 
-def killed(launcher: subprocess.Popen[str], run_dir: Path, rank: int, rng: random.Random, *, ranks: int) -> None:
-    """Kill the rank some steps on, or one time in four while it starts; wait until others are in their place."""
-    wait_for(lambda: len(workers(launcher)) == ranks, launcher)
+def killed(launcher: subprocess.Popen[str], run_dir: Path, rank: int, rng: random.Random, *, before_step: int) -> None:
+    """Kill the rank at some step before that one, or one time in four while it starts; wait until all are gone."""
+    wait_for(lambda: rank in workers(launcher), launcher)
+    reached = step_reached(run_dir)
     if rng.random() < 0.25:
-        time.sleep(rng.uniform(0, 8))
+        starts_for = time.monotonic() + rng.uniform(0, 8)
+        wait_for(lambda: time.monotonic() > starts_for or step_reached(run_dir) > reached, launcher)
     else:
-        target = step_reached(run_dir) + rng.randint(1, 2 * STEPS_A_KILL - 1)
+        target = rng.randint(reached + 1, max(reached + 1, before_step))
         wait_for(lambda: step_reached(run_dir) >= target, launcher)
-        time.sleep(rng.uniform(0, 0.2))
+        time.sleep(rng.uniform(0, 0.02))
     before = workers(launcher)
     os.kill(before[rank], signal.SIGKILL)
     wait_for(lambda: not set(workers(launcher).values()) & set(before.values()), launcher)
@@ -43,7 +45,7 @@ def test_ranks_killed_one_after_the_other(ranks: int, sources: dict[str, Path], 
     if ranks == 4 and not drills.full:
         pytest.skip("in the full drills: four processes on two cores take their time")
     kills, rng = (50 if drills.full else 8), random.Random(drills.seed)
-    steps = (kills + 2) * STEPS_A_KILL
+    steps = (kills + 4) * STEPS_A_KILL
     shape = [*SHAPE, *GUARDS, f"data.sources.lines.path={sources['lines']}", f"train.steps={steps}"]
     shape += ["train.global_batch_tokens=256", "train.micro_batch=1"]
     exit_status, _, err = finish(start([*shape, f"run_dir={tmp_path}/whole"], ranks=ranks))
@@ -52,8 +54,8 @@ def test_ranks_killed_one_after_the_other(ranks: int, sources: dict[str, Path], 
     with open(tmp_path / "said", "w") as said:  # more than a pipe holds
         launcher = start([*shape, f"run_dir={tmp_path}/killed"], ranks=ranks, restarts=kills + 1, output=said)
         try:
-            for rank in order[:kills]:
-                killed(launcher, tmp_path / "killed", rank, rng, ranks=ranks)
+            for number, rank in enumerate(order[:kills], start=1):
+                killed(launcher, tmp_path / "killed", rank, rng, before_step=number * STEPS_A_KILL)
             exit_status, _, _ = finish(launcher)
         finally:
             launcher.kill()  # if it has not come to its end

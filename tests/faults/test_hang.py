@@ -10,7 +10,8 @@ import pytest
 from tests.distributed.test_torchrun import SHAPE, finish, start
 from tests.small_run import status
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+PROMISE = "told within the limit, the guilty rank named, and the line where it can be known; nothing is left running"
+pytestmark = [pytest.mark.drill("a rank comes no further", PROMISE), pytest.mark.timeout(300)]
 
 LIMIT_S = 5
 PATIENCE_S = 10  # to report, on a busy machine

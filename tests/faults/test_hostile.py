@@ -37,6 +37,12 @@ from llamatrain.files import sha256_of_file, sha256_of_json
 from llamatrain.trainer import Trainer
 from tests.small_run import small_config, train_in_process, trainer_for
 
+pytestmark = pytest.mark.drill(
+    "hostile files, manifests and settings; secrets in settings and environment",
+    "refused by name, at once and in little memory, or the same run; the secrets are in no file and on no screen",
+    always=True,
+)
+
 T = TypeVar("T")
 Change = Callable[[dict[str, Any]], Any]
 REPOSITORY = Path(__file__).parents[2]

@@ -20,6 +20,7 @@ import pytest
 import yaml
 
 import launch
+from llamatrain.checkpoint import commit
 from tests.conftest import TINY_VOCAB
 from tests.slurm.cluster import Cluster, Job, wait_until
 from tests.small_run import assert_same_run, metrics, saved_steps, status
@@ -31,6 +32,19 @@ REPOSITORY = Path(__file__).parent.parent.parent
 STEPS = 200
 PATIENCE_S = 120.0
 TWO_NODES = ("--nodes=2", "--time=10")
+SAME_BITS = "it ends bitwise like the undisturbed run"
+SLOW_DISK = """
+import os, threading, time
+
+plain = os.fsync
+
+def fsync(file):
+    if threading.current_thread().name == "checkpoint":
+        time.sleep(1)
+    plain(file)
+
+os.fsync = fsync
+"""
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "GLOO_SOCKET_IFNAME": "lo",
@@ -227,6 +241,7 @@ def test_a_job_whose_restarts_are_used_up_is_requeued_and_ends_in_the_same_bits(
     assert_same_run(undisturbed, run_dir, step=STEPS)
 
 
+@pytest.mark.drill("a node of a SLURM job is lost", f"SLURM requeues the job; {SAME_BITS}")
 def test_a_node_that_is_lost_makes_slurm_requeue_the_job_which_ends_in_the_same_bits(
     cluster: Cluster, data: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -244,6 +259,29 @@ def test_a_node_that_is_lost_makes_slurm_requeue_the_job_which_ends_in_the_same_
     assert attempts[-1] == f"slurm-{job.number}-1"
     resumed = [entry["resumed_from"] for entry in journal(run_dir, "start")]
     assert resumed[-1] >= 50
+    assert_same_run(undisturbed, run_dir, step=STEPS)
+
+
+@pytest.mark.drill("a job is preempted while a save is written beside training", f"both saves are whole; {SAME_BITS}")
+def test_a_job_is_preempted_while_a_save_is_written_beside_training(
+    cluster: Cluster, data: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    (tmp_path / "sitecustomize.py").write_text(SLOW_DISK)
+    environment = {**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}:{REPOSITORY}"}
+    arguments = settings(run_dir, data, "checkpoint.asynchronous=true")
+    job = cluster.submit(*TWO_NODES, SCRIPT, *arguments, cwd=tmp_path, env=environment)
+    unfinished = commit.temporary_directory(run_dir / "checkpoints", 25)
+    wait_until(unfinished.exists, "the first save has begun", PATIENCE_S, job.explain)
+    job.signal_batch_shell("USR1")
+    job.wait_for_requeue(1, PATIENCE_S)
+    stopped = status(run_dir)
+    assert (stopped["state"], stopped["reason"]) == ("preempted", "control/stop")
+    assert 25 < stopped["step"] < STEPS
+    assert saved_steps(run_dir)[-1] == stopped["step"]
+    assert [entry["step"] for entry in journal(run_dir, "checkpoint")][:2] == [25, stopped["step"]]
+    assert job.wait(PATIENCE_S) == "COMPLETED", job.explain()
+    assert [entry["resumed_from"] for entry in journal(run_dir, "start")] == [None, stopped["step"]]
     assert_same_run(undisturbed, run_dir, step=STEPS)
 
 
@@ -320,6 +358,7 @@ def launched(cluster: Cluster, cwd: Path, *arguments: str, restarts: int = 3) ->
     return [Job(cluster, int(number)) for number in re.findall(r"^job (\d+),", printed, re.MULTILINE)]
 
 
+@pytest.mark.drill("none: python -m launch.slurm", f"two nodes train to the end; {SAME_BITS}")
 def test_launch_slurm_submits_what_trains_to_the_end(
     cluster: Cluster, data: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -333,6 +372,9 @@ def test_launch_slurm_submits_what_trains_to_the_end(
     assert_same_run(undisturbed, run_dir, step=STEPS)
 
 
+@pytest.mark.drill(
+    "jobs of a chain are signalled and cancelled", f"the next goes on, the last has nothing to do; {SAME_BITS}"
+)
 def test_jobs_of_a_chain_go_on_one_after_the_other_and_leave_at_once_when_all_is_done(
     cluster: Cluster, data: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
