@@ -64,11 +64,12 @@ def run_on(
     with ExitStack() as resources:
         directory = open_run_directory(config, world)
         resources.callback(directory.close)
-        try:
-            watchdog = resources.enter_context(watch(config, directory, world))
-            rank_log = resources.enter_context(RankLog(directory.logs, world.process))
-        except OSError as error:
-            raise disk_told(error, directory) from error
+        with world.together():
+            try:
+                watchdog = resources.enter_context(watch(config, directory, world))
+                rank_log = resources.enter_context(RankLog(directory.logs, world.process))
+            except OSError as error:
+                raise cannot_be_written(directory, error) from error
         try:
             if not directory.was_done:  # it stays done if what was typed now is refused
                 directory.set_status(RUNNING, phase=STARTING)
@@ -112,6 +113,10 @@ def disk_told(error: BaseException, directory: RunDirectory) -> BaseException:
     """What a disk refused, as an error for the user; any other error as it is."""
     if not isinstance(error, OSError) or error.errno not in DISK_REFUSES:
         return error
+    return cannot_be_written(directory, error)
+
+
+def cannot_be_written(directory: RunDirectory, error: OSError) -> UnhealthyRun:
     return UnhealthyRun(
         f"{directory.path}: the run's records cannot be written ({error}); make room or mend the disk, then start "
         "again: it goes on from its newest checkpoint"

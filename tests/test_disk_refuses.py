@@ -63,12 +63,13 @@ def test_a_status_that_cannot_be_written_ends_the_run_with_one_line(
 
 
 def test_a_failure_that_cannot_be_noted_is_still_what_is_raised(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     directory = RunDirectory(tmp_path)
     monkeypatch.setattr(run_directory, "write_json_atomically", full_from(1))
     monkeypatch.setattr(os, "fsync", raising)
     directory.note_failure(UNHEALTHY, "something else")
+    assert "cannot be written" in caplog.text
     directory.close()
 
 
@@ -142,6 +143,21 @@ def test_a_folder_that_cannot_be_made_is_told_with_the_room_there_is(
 ) -> None:
     monkeypatch.setattr(commit, "begin", raising)
     with pytest.raises(CheckpointError, match=r"No space left.*MiB are free"):
+        store.save(tmp_path / "checkpoints", 1, {}, {})
+
+
+def test_a_file_that_another_rank_renames_meanwhile_is_left_out_of_that_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begin(root: Path, step: int) -> None:
+        temporary = commit.temporary_directory(root, step)
+        temporary.mkdir(parents=True)
+        (temporary / "there").write_bytes(bytes(1 << 20))
+        (temporary / "gone").symlink_to("nowhere")
+        raise FULL
+
+    monkeypatch.setattr(commit, "begin", begin)
+    with pytest.raises(CheckpointError, match=r"free beside 1\.0 written"):
         store.save(tmp_path / "checkpoints", 1, {}, {})
 
 

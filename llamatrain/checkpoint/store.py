@@ -13,7 +13,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -128,7 +128,10 @@ def _what_is_missing(temporary: Path, needed: int, error: Exception) -> str:
     """How much room a rank's files need, and how much there was, if that is what failed; safetensors has no errno."""
     if not any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
         return ""
-    written = sum(path.stat().st_size for path in temporary.glob("*")) if temporary.is_dir() else 0
+    written = 0
+    for path in temporary.glob("*"):
+        with suppress(FileNotFoundError):  # another rank's, that has just got its name
+            written += path.stat().st_size
     free = shutil.disk_usage(next(path for path in temporary.parents if path.exists())).free
     return (
         f"; it writes {needed / 2**20:,.1f} MiB, {free / 2**20:,.1f} MiB are free beside {written / 2**20:,.1f} written"

@@ -1,5 +1,6 @@
 """Requests to stop and to save on several processes: one step for all, one whole checkpoint, a bitwise resumption."""
 
+import errno
 import os
 import signal
 import time
@@ -15,6 +16,7 @@ from llamatrain.checkpoint import commit, store
 from llamatrain.config import RunConfig
 from llamatrain.distributed import World
 from llamatrain.errors import UnhealthyRun
+from llamatrain.observe.rank_log import RankLog
 from llamatrain.resilience.control import StopRequest
 from llamatrain.run_directory import RunDirectory
 from llamatrain.session import run_on
@@ -225,3 +227,24 @@ def test_starts_that_come_to_nothing_end_as_unhealthy_until_somebody_starts_anew
     assert "3 starts in a row ended without a checkpoint" in status(tmp_path)["reason"]
     on_ranks(RANKS, train, config)
     assert status(tmp_path)["state"] == "done"
+
+
+def refused_its_log(world: World, config: RunConfig) -> str:
+    """Rank 1 has no room for its log file."""
+    if world.rank == 1:
+
+        def full(*_: Any) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        RankLog.__init__ = full  # type: ignore[method-assign]
+    try:
+        run_on(world, config, StopRequest(announce=False))
+    except UnhealthyRun as error:
+        return str(error)
+    return ""
+
+
+def test_a_log_that_one_rank_cannot_open_ends_all_with_the_same_words(sources: dict[str, Path], tmp_path: Path) -> None:
+    one, other = on_ranks(2, refused_its_log, config_for(tmp_path / "run", sources))
+    assert one == other
+    assert "the run's records cannot be written ([Errno 28] No space left on device)" in one

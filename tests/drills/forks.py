@@ -11,6 +11,7 @@ import base64
 import errno
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -121,7 +122,8 @@ def serve() -> None:
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     for line in sys.stdin.buffer:
         config, fault, log, ranks, port = pickle.loads(base64.b64decode(line))
-        children = [_fork(config, fault, f"{log}.{rank}", rank, ranks, port) for rank in range(ranks)]
+        shutil.rmtree(f"{log}.attempt", ignore_errors=True)
+        children = [_fork(config, fault, log, rank, ranks, port) for rank in range(ranks)]
         replies.write(base64.b64encode(pickle.dumps(_await(children, fault))) + b"\n")
 
 
@@ -132,11 +134,11 @@ def _fork(config: Any, fault: Fault, log: str, rank: int, ranks: int, port: int)
     status = 1
     try:
         for ending in ("calls", "said"):
-            Path(f"{log}.{ending}").unlink(missing_ok=True)
-        said = os.open(f"{log}.said", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+            Path(f"{log}.{rank}.{ending}").unlink(missing_ok=True)
+        said = os.open(f"{log}.{rank}.said", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         os.dup2(said, 1)
         os.dup2(said, 2)
-        status = _train(config, fault if fault.rank == rank else Fault(), f"{log}.calls", rank, ranks, port)
+        status = _train(config, fault if fault.rank == rank else Fault(), log, rank, ranks, port)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -153,6 +155,7 @@ def _train(config: Any, fault: Fault, log: str, rank: int, ranks: int, port: int
 
     from llamatrain.checkpoint import background
     from llamatrain.errors import LlamatrainError
+    from llamatrain.process import speaks_for_its_node
     from llamatrain.resilience.control import StopRequest
     from llamatrain.session import run
 
@@ -167,16 +170,18 @@ def _train(config: Any, fault: Fault, log: str, rank: int, ranks: int, port: int
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(port),
             TORCHELASTIC_USE_AGENT_STORE="True",
+            TORCHELASTIC_ERROR_FILE=f"{log}.attempt/{rank}/error.json",
         )
+        Path(f"{log}.attempt/{rank}").mkdir(parents=True)
     number = getattr(errno, fault.error) if fault.error else 0
     arm = ctypes.CDLL(None).faults_arm
     arm.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
     below = os.path.abspath(config.run_dir).encode()
-    assert arm(below, log.encode(), ACTIONS.index(fault.action), number, fault.first, fault.span) == 0
+    assert arm(below, f"{log}.{rank}.calls".encode(), ACTIONS.index(fault.action), number, fault.first, fault.span) == 0
     try:
         run(config, StopRequest(announce=False))
     except LlamatrainError as error:
-        if ranks == 1:
+        if speaks_for_its_node():
             print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except SystemExit as ended:
