@@ -3,16 +3,17 @@
 python -m data_tools.show_samples run_dir=RUN_DIR samples=480-487
 
 Samples are numbered from 0 over the whole run, as its messages name them; both ends of a range are shown. Where they
-lie follows from the run's config.yaml and the mixture in its newest checkpoint; the data sets must still be there.
+lie follows from the settings of the run's last start and the mixture in its newest checkpoint; the data sets must still
+be there.
 """
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from llamatrain.checkpoint import commit
 from llamatrain.cli import run_command
@@ -75,16 +76,18 @@ def sample_range(samples: str) -> tuple[int, int]:
 
 
 def read_config(run_dir: str) -> RunConfig:
-    """The configuration that a run keeps in its folder. Raises ConfigError."""
-    path = Path(run_dir) / "config.yaml"
+    """The configuration of the run's last start, as its journal has it. Raises ConfigError."""
+    path = Path(run_dir) / "journal.jsonl"
     try:
-        return build(RunConfig, yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        events = [json.loads(line) for line in lines if line.endswith("\n")]
+        return build(RunConfig, next(event["config"] for event in reversed(events) if event["event"] == "start"))
     except OSError as error:
         raise ConfigError(
             f"run_dir={run_dir}: {path} cannot be read ({error.strerror}); is that a run's folder?"
         ) from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not the configuration of a run ({' '.join(str(error).split())})") from None
+    except (ValueError, KeyError, TypeError, StopIteration):
+        raise ConfigError(f"{path}: no run's journal, or of a run that has not started") from None
 
 
 def mixture(config: RunConfig, run_dir: Path) -> tuple[Segment, ...]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -32,6 +33,7 @@ from llamatrain.process import speaks_for_its_node, write_error_file
 T = TypeVar("T")
 
 INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
+PIPE_CLOSED = 141  # and for one whose reader has left
 
 # Hydra is to compose and nothing else: no output folders, no change of directory, no logging of its own.
 QUIET = [
@@ -101,6 +103,9 @@ def run_command(schema: type[T], config_name: str, function: Callable[[T], None]
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(INTERRUPTED)
+        except BrokenPipeError:  # `| head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(PIPE_CLOSED)
 
     try:
         hydra.main(version_base="1.3", config_path=str(directory), config_name=Path(config_name).name)(job)()
@@ -109,6 +114,8 @@ def run_command(schema: type[T], config_name: str, function: Callable[[T], None]
     except OverrideParseException as error:
         override = (error.override or "").lstrip("+")
         _fail(f"{override}: cannot be understood; write it as key=value", ConfigError.exit_code)
+    except yaml.YAMLError as error:
+        _fail(f"a configuration file is no YAML: {' '.join(str(error).split())}", ConfigError.exit_code)
     except (HydraException, OmegaConfBaseException) as error:
         causes = dict.fromkeys(str(e).splitlines()[0] for e in (error, error.__cause__) if e is not None)
         _fail(": ".join(causes), ConfigError.exit_code)

@@ -6,6 +6,7 @@ run is resumed from later, one older than the rollback too, it passes over the s
 """
 
 import logging
+from pathlib import Path
 
 from llamatrain.checkpoint import commit
 from llamatrain.config import RunConfig
@@ -77,22 +78,46 @@ def record(
     )
 
 
-def refuse_too_many(seen: BadSteps, directory: RunDirectory) -> None:
-    """Raises UnhealthyRun if the last steps were all skipped, and so many that a person has to look."""
+def refuse_too_many(seen: BadSteps, directory: RunDirectory, world: World) -> None:
+    """Raises UnhealthyRun if the last steps were all skipped, and so many that a person has to look.
+
+    What a stop in between had saved is set aside, for it may be the weights that are bad: the next start goes on from
+    the last checkpoint before. All ranks call it.
+    """
     guard, last = seen.guard, seen.last
-    if last is not None and guard.too_many:
-        raise UnhealthyRun(
-            f"{last.describe()}: {guard.in_a_row} steps in a row brought no update. "
-            f"{_to_look_at(directory, last.step - guard.in_a_row + 1, (guard.first_bad_sample, last.samples[1]))}; "
-            "resilience.max_bad_steps allows more"
-        )
+    if last is None or not guard.too_many:
+        return
+    first_bad_step, samples = last.step - guard.in_a_row + 1, (guard.first_bad_sample, last.samples[1])
+
+    def put_aside() -> list[str]:
+        saved = commit.list_checkpoints(directory.checkpoints)
+        bad = [checkpoint for checkpoint in saved if commit.step_of(checkpoint) >= first_bad_step]
+        if len(bad) == len(saved):  # nothing would be left
+            return []
+        return [_put_aside(checkpoint, directory).name for checkpoint in bad]
+
+    aside = ", ".join(world.decide(put_aside))
+    raise UnhealthyRun(
+        f"{last.describe()}: {guard.in_a_row} steps in a row brought no update. "
+        f"{_to_look_at(directory, first_bad_step, samples)}"
+        f"{f'; saved since then and set aside: {aside}' if aside else ''}"
+        "; resilience.max_bad_steps allows more"
+    )
+
+
+def _put_aside(checkpoint: Path, directory: RunDirectory) -> Path:
+    aside = commit.set_aside(checkpoint)
+    reason = "it was saved while steps brought no update"
+    directory.record("refused", path=checkpoint.name, reason=reason, moved_to=aside.name)
+    return aside
 
 
 def _to_look_at(directory: RunDirectory, first_bad_step: int, samples: tuple[int, int]) -> str:
     """The last checkpoint from before it went wrong, and how to see what the samples are."""
     saved = commit.list_checkpoints(directory.checkpoints)
-    good = next((checkpoint for checkpoint in saved if commit.step_of(checkpoint) < first_bad_step), "none")
+    good = next((checkpoint for checkpoint in saved if commit.step_of(checkpoint) < first_bad_step), None)
+    told = f"The last good checkpoint is {good}" if good else "There is no checkpoint from before"
     return (
-        f"The last good checkpoint is {good}; python -m data_tools.show_samples run_dir={directory.path} "
+        f"{told}; python -m data_tools.show_samples run_dir={directory.path} "
         f"samples={samples[0]}-{samples[1] - 1} prints what came in"
     )

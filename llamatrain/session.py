@@ -20,7 +20,7 @@ import yaml
 from llamatrain.config import RunConfig
 from llamatrain.config.build import build
 from llamatrain.config.parallel import check_sharding
-from llamatrain.config.resume import check_allowed, differences, flatten, keep_auto_choices
+from llamatrain.config.resume import changes, check_allowed, differences, flatten, keep_auto_choices
 from llamatrain.device import check_torch, choose_device, choose_precision
 from llamatrain.distributed import World
 from llamatrain.errors import ConfigError, LlamatrainError, UnhealthyRun
@@ -169,16 +169,20 @@ def settle(config: RunConfig, directory: RunDirectory, world: World) -> RunConfi
     differs from the start. Raises ConfigError on a structural change that train.resume_allow does not name.
     """
 
-    def the_start() -> RunConfig | None:
-        started = directory.config.exists() and directory.events("checkpoint")
-        return started_with(directory.config) if started else None
+    def the_start() -> tuple[RunConfig, RunConfig] | None:
+        if not (directory.config.exists() and directory.events("checkpoint")):
+            return None
+        started = started_with(directory.config)
+        return started, started_before(directory) or started
 
     check_allowed(config)
     earlier = world.decide(the_start)
     if earlier is not None:
-        config = keep_auto_choices(config, earlier)
-        for key, (old, new) in differences(config, earlier).items():
-            log.info("%s was %s when the run started, is %s from here on%s", key, old, new, _consequence(key, config))
+        started, before = earlier
+        config = keep_auto_choices(config, started)
+        differences(config, started)
+        for key, (old, new) in changes(config, before).items():
+            log.info("%s was %s before, is %s from here on%s", key, old, new, _consequence(key, config))
     with world.together():
         device = choose_device(config.train.device, setting="train.device", local_rank=world.process.local_rank)
     train = config.train
@@ -201,6 +205,15 @@ def _consequence(key: str, config: RunConfig) -> str:
     if key in ("train.steps", "train.tokens") and config.optim.schedule_steps is None:
         return " (the learning rate's schedule is stretched to it; optim.schedule_steps would hold it)"
     return ""
+
+
+def started_before(directory: RunDirectory) -> RunConfig | None:
+    """The configuration of the attempt before, if this program can read what stands in the journal."""
+    starts = directory.events("start")
+    try:
+        return build(RunConfig, starts[-1]["config"]) if starts else None
+    except (ConfigError, KeyError, TypeError):
+        return None
 
 
 def started_with(path: Path) -> RunConfig:

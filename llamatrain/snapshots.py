@@ -113,8 +113,13 @@ class Snapshots:
             self._failures, self._unsaved = self._failures + 1, error
             if self._failures < give_up_after:
                 log.warning("training goes on without that checkpoint; saves that failed in a row: %d", self._failures)
-        if self._unsaved is not None and (self._failures >= give_up_after):
-            raise self._unsaved
+        if self._unsaved is not None and self._failures >= give_up_after:
+            saved = commit.list_checkpoints(self.directory.checkpoints)
+            newest = f"the newest checkpoint is {saved[0].name}" if saved else "there is no checkpoint yet"
+            many = f"; {self._failures} saves in a row failed (checkpoint.max_failures)" if give_up_after > 1 else ""
+            raise CheckpointError(
+                f"{self._unsaved}{many}; {newest}: when that is mended, the same command goes on from there"
+            ) from self._unsaved
 
     def _content(self, step: int, data_state: DataState) -> dict[str, Any]:
         """What the manifest says beside tensors and files."""
@@ -162,6 +167,8 @@ class Snapshots:
             self._advise(began, blocked)
             if committed is not None:
                 committed()
+            if content["guard"]["in_a_row"]:  # if the weights are bad, the good ones before must stay
+                return
             try:
                 commit.prune(
                     self.directory.checkpoints, keep_last=settings.keep_last, keep_every_steps=settings.keep_every_steps
@@ -181,7 +188,7 @@ class Snapshots:
         """Say once how often to save, when there were two saves: the first one's staging takes memory anew."""
         before, self._began = self._began, began
         hours = self.config.checkpoint.hours_between_failures
-        if self._advised or before is None or (hours is None and self.device.type != "cuda"):
+        if self._advised or before is None:
             return
         self._advised = True
         failure_s = seconds_between_failures(self.world.size) if hours is None else 3600 * hours

@@ -94,6 +94,7 @@ class Trainer:
         guard = Guard(config.resilience)
         self.bad_steps = BadSteps(guard, self.optimizer, directory, self.device)
         self.rollbacks = 0  # by this process
+        self.save_put_off = False  # until an update is made again
         self.snapshots = Snapshots(
             config, directory, self.parameters, self.optimizer, self.sources, environment, self.device, world, guard
         )
@@ -330,11 +331,21 @@ class Trainer:
             self._log(self._training_record(loss, grad_norm))
         self._validate_if_due()
         if self._saving_due():
+            self._save_unless_bad()
+
+    def _save_unless_bad(self) -> None:
+        """Save, or put it off while steps bring no update: it may be the weights that are bad. A stop does not wait."""
+        leaving = self._last or self._stop_reason() is not None
+        if self.bad_steps.guard.in_a_row and not leaving:
+            if not self.save_put_off:
+                log.warning("step %d: not saved while steps bring no update", self.step)
+            self.save_put_off = True
+        else:
             self._save()
 
     def _rolled_back(self) -> bool:
         """Whether a spike took the run back to a checkpoint. Raises UnhealthyRun after too many bad steps."""
-        rollback.refuse_too_many(self.bad_steps, self.directory)
+        rollback.refuse_too_many(self.bad_steps, self.directory, self.world)
         if self.bad_steps.spike is None:
             return False
         started, from_step, spike = time.perf_counter(), self.step, self.bad_steps.spike
@@ -357,7 +368,7 @@ class Trainer:
         return step >= self.config.total_steps or step % self.config.logging.every_steps == 0
 
     def _saving_due(self) -> bool:
-        by_number = self._last or self.step % self.config.checkpoint.every_steps == 0
+        by_number = self._last or self.save_put_off or self.step % self.config.checkpoint.every_steps == 0
         return by_number or self.agreement.save_requested or self._stop_reason() is not None
 
     @property
@@ -400,6 +411,7 @@ class Trainer:
     def _save(self) -> None:
         if self.saved_step == self.step:
             return
+        self.save_put_off = False
         started = time.perf_counter()
         self.directory.heartbeat(self.step, phase=SAVING)
         self.integrity.before_save(self.step)

@@ -244,7 +244,35 @@ def test_too_many_skipped_in_a_row_end_the_run_and_name_what_to_look_at(
         f"{tmp_path}/checkpoints/step-00000004; python -m data_tools.show_samples run_dir={tmp_path} samples=40-63 "
         "prints what came in; resilience.max_bad_steps allows more"
     )
-    assert (status(tmp_path)["state"], saved_steps(tmp_path)) == ("unhealthy", [4, 6])
+    assert (status(tmp_path)["state"], saved_steps(tmp_path)) == ("unhealthy", [2, 4])
+
+
+def test_nothing_is_saved_while_steps_bring_no_update(
+    sources: dict[str, Path], tmp_path: Path, plant: Callable[..., None]
+) -> None:
+    plant(nan_gradient, 40, 48)  # steps 6 and 7
+    train_in_process(settings(tmp_path, sources, checkpoint={"every_steps": 3}, train={"stop_after_step": 10}))
+    assert [event["step"] for event in events(tmp_path, "checkpoint")] == [3, 8, 9, 10]
+
+
+def test_what_a_stop_saved_among_bad_steps_is_set_aside_when_they_are_too_many(
+    sources: dict[str, Path], tmp_path: Path, plant: Callable[..., None]
+) -> None:
+    plant(nan_gradient, *range(40, 400, 8))  # from step 6 on, as with weights that are no numbers
+    many = {"max_bad_steps": 4}
+    for step in (6, 7, 8):  # stopped again and again
+        train = {"stop_after_step": step}
+        train_in_process(settings(tmp_path, sources, resilience=many, checkpoint={"every_steps": 5}, train=train))
+        assert 5 in saved_steps(tmp_path)
+    config = settings(tmp_path, sources, resilience=many, checkpoint={"every_steps": 5})
+    told = r"The last good checkpoint is .*step-00000005;.* set aside: refused-step-00000008, .*-7, .*-00000006;"
+    with pytest.raises(UnhealthyRun, match=told.replace("-7", "-00000007")):
+        train_in_process(config)
+    assert saved_steps(tmp_path) == [5]
+    plant(nan_gradient)
+    train_in_process(config)
+    assert events(tmp_path, "start")[-1]["resumed_from"] == 5
+    assert status(tmp_path)["state"] == "done"
 
 
 def test_rollbacks_that_come_to_nothing_end_the_run(
@@ -308,9 +336,9 @@ def test_a_checkpoints_mixture_counts_and_a_limit_shortens(
         show_samples(ShowSamplesSettings(run_dir=str(tmp_path), samples="7", tokens=tokens))
         texts.append(capsys.readouterr().out)
     assert len(texts[1]) < len(texts[0])
-    (tmp_path / "config.yaml").write_text(
-        (tmp_path / "config.yaml").read_text().replace("weight: 2.0", "weight: 200.0")
-    )
+    journal = tmp_path / "journal.jsonl"
+    assert '"weight": 2.0' in journal.read_text()
+    journal.write_text(journal.read_text().replace('"weight": 2.0', '"weight":200.0'))
     show_samples(ShowSamplesSettings(run_dir=str(tmp_path), samples="7"))
     assert capsys.readouterr().out == texts[0]  # the checkpoint has the mixture that the samples came from
 

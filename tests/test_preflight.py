@@ -64,6 +64,10 @@ def test_a_sound_cluster_has_nothing_odd() -> None:
             {"run_dir_error": "cannot write there (Read-only file system)"},
             r"^run_dir=r: rank 2 on b cannot write there \(Read-only file system\); it must lie where all nodes can",
         ),
+        (
+            {"run_dir_error": "cannot write there (No space left on device)"},
+            r"\(No space left on device\); make room there",
+        ),
     ],
 )
 def test_what_cannot_go_well_is_refused_by_rank_and_node(fault: dict[str, Any], message: str) -> None:

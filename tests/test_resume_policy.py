@@ -51,6 +51,19 @@ def test_the_document_shows_the_table() -> None:
     assert shown == as_markdown(), "python -m llamatrain.config.resume > docs/resume-policy.md"
 
 
+def test_what_differs_from_the_attempt_before_is_told_there_and_back(
+    sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(stop: int, lr: float) -> list[str]:
+        train_in_process(small_config(tmp_path, sources, train={"stop_after_step": stop}, optim={"lr": lr}))
+        return [line for line in capsys.readouterr().err.splitlines() if " from here on" in line]
+
+    assert told(1, 1e-3) == []
+    stop = "train.stop_after_step was {} before, is {} from here on"
+    assert told(2, 2e-3) == ["optim.lr was 0.001 before, is 0.002 from here on", stop.format(1, 2)]
+    assert told(3, 1e-3) == ["optim.lr was 0.002 before, is 0.001 from here on", stop.format(2, 3)]
+
+
 def test_a_rule_that_refuses_says_why() -> None:
     assert all(rule.note for rule in TABLE if rule.wins in (BY_NAME, NEVER))
     assert is_structural("data.sources.any-name.weight")

@@ -9,6 +9,7 @@ Each rank writes files of its own and seals them; one rank begins and commits. W
 they agree, is `store`'s.
 """
 
+import itertools
 import json
 import os
 import re
@@ -122,9 +123,8 @@ def set_aside(checkpoint: Path) -> Path:
 
     Left in place it would pass for the newest, and pruning would delete the good ones behind it.
     """
-    aside = checkpoint.with_name(REFUSED_PREFIX + checkpoint.name)
-    if aside.exists():
-        shutil.rmtree(aside)
+    names = (f"{REFUSED_PREFIX}{checkpoint.name}{f'-{n}' if n > 1 else ''}" for n in itertools.count(1))
+    aside = next(path for path in map(checkpoint.with_name, names) if not path.exists())
     os.rename(checkpoint, aside)
     return aside
 

@@ -4,6 +4,8 @@ A rank stands out where most have something else, or where it is far slower than
 here have an entry for each rank, in order.
 """
 
+import errno
+import os
 import statistics
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -150,8 +152,10 @@ def _unusable(facts: Sequence[Facts], run_dir: str) -> list[str]:
     for rank, found in enumerate(facts):
         if found.run_dir_error is not None and facts[0].run_dir_error in (None, found.run_dir_error):
             errors.setdefault(found.run_dir_error, rank)
+    full = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)]
     return [
-        f"run_dir={run_dir}: {who(facts, rank)} {error}; it must lie where all nodes can write"
+        f"run_dir={run_dir}: {who(facts, rank)} {error}; "
+        + ("make room there" if any(text in error for text in full) else "it must lie where all nodes can write")
         for error, rank in errors.items()
     ]
 
