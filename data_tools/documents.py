@@ -7,6 +7,7 @@ has no UTF-8 (JSON can spell lone surrogates) is handed on marked as not valid, 
 import codecs
 import glob
 import gzip
+import hashlib
 import itertools
 import json
 import sys
@@ -25,6 +26,9 @@ from llamatrain.files import sha256_of_json
 FORMATS = ("auto", "text", "jsonl")
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 CHUNK_BYTES = 1 << 17  # of the file; a chunk of zstd may grow a hundredfold
+HASHED_WHOLE = 16 << 20  # bytes; of larger files, blocks are hashed
+SAMPLED_BLOCKS = 64
+SAMPLED_BLOCK_BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,15 @@ def input_list(value: Any) -> list[str]:
 
 
 def find_inputs(inputs: list[str]) -> list[InputFile]:
+    """`find_files`, where none may be an archive."""
+    files = find_files(inputs)
+    archives = [file.name for file in files if ".tar" in file.path.suffixes or file.path.suffix in (".tgz", ".zip")]
+    if archives:
+        raise DataError(f"{archives[0]}: an archive; unpack it, and name the files in it")
+    return files
+
+
+def find_files(inputs: list[str]) -> list[InputFile]:
     """The files the inputs name: in the order of the inputs, within each by name; hidden ones are left out.
 
     Raises DataError when an input names no file, or a file is named twice.
@@ -88,9 +101,6 @@ def find_inputs(inputs: list[str]) -> list[InputFile]:
                 raise DataError(f"{file.path}: named twice by input={','.join(inputs)}; name every file once")
             seen.add(file.path.resolve())
         files += found
-    archives = [file.name for file in files if ".tar" in file.path.suffixes or file.path.suffix in (".tgz", ".zip")]
-    if archives:
-        raise DataError(f"{archives[0]}: an archive; unpack it, and name the files in it")
     return files
 
 
@@ -109,12 +119,45 @@ def _find(text: str) -> list[InputFile]:
 
 
 def inputs_identity(files: list[InputFile]) -> dict[str, Any]:
-    """What tells one set of inputs from another without reading it: names and sizes, in order."""
+    """What tells one set of inputs from another: names and sizes, in order, and what `content_sample` saw of each.
+
+    Raises DataError when a file cannot be read.
+    """
     return {
         "input_files": len(files),
         "input_bytes": sum(file.size for file in files),
         "input_sha256": sha256_of_json([[file.name, file.size] for file in files]),
+        "input_content": sha256_of_json([content_sample(file) for file in files]),
     }
+
+
+def differing_keys(identity: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """The keys of an identity that a recorded one differs in.
+
+    Releases before `input_content` did not record it: what they made is known by the other keys.
+    """
+    known = [key for key in identity if key in found or key != "input_content"]
+    return [key for key in known if found.get(key) != identity[key]]
+
+
+def content_sample(file: InputFile) -> str:
+    """SHA-256 of a file up to HASHED_WHOLE bytes, and of SAMPLED_BLOCKS evenly spread blocks of a larger one.
+
+    The same on every machine, unlike a time of change. A change of a larger file that keeps its size and lies between
+    the blocks is not seen; one in compressed text mostly moves or changes what follows it, up to the last block.
+    """
+    digest = hashlib.sha256()
+    last = file.size - SAMPLED_BLOCK_BYTES
+    try:
+        with open(file.path, "rb") as stream:
+            if file.size <= HASHED_WHOLE:
+                return hashlib.file_digest(stream, "sha256").hexdigest()
+            for number in range(SAMPLED_BLOCKS):
+                stream.seek(last * number // (SAMPLED_BLOCKS - 1))
+                digest.update(stream.read(SAMPLED_BLOCK_BYTES))
+    except OSError as error:
+        raise DataError(f"{file.path}: cannot be read ({error.strerror})") from None
+    return digest.hexdigest()
 
 
 class Corpus:
