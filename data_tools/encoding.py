@@ -10,10 +10,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
-import numpy as np
-
+from data_tools.cached_encoding import CachedEncoder
 from data_tools.documents import Document
-from llamatrain.data.shards import DTYPES
 from llamatrain.errors import DataError
 from llamatrain.tokenizer import SPACE_MARK, Tokenizer
 
@@ -42,6 +40,8 @@ class Encoded:
     dropped: str | None  # dropped_empty | dropped_invalid | dropped_space_mark; None: kept
     tokens: bytes = b""  # little-endian, in the dtype of the shard
     text_bytes: int = 0
+    byte_tokens: int = 0  # of the tokens, those that are a single byte (<0x0A>)
+    newline_tokens: int = 0  # of the byte tokens, the line feeds: LLaMA's vocabulary has no piece of them
     held_out: bool = False
     has_space_mark: bool = False
 
@@ -56,7 +56,7 @@ def is_held_out(key: str, *, salt: str, fraction: float) -> bool:
     return int.from_bytes(digest, "big") < int(fraction * 2**64)
 
 
-def encode_document(document: Document, tokenizer: Tokenizer, options: EncodeOptions) -> Encoded:
+def encode_document(document: Document, encoder: CachedEncoder, options: EncodeOptions) -> Encoded:
     """Raises DataError when the document has no key to hold it out by."""
     if not document.valid:
         return Encoded("dropped_invalid")
@@ -68,11 +68,14 @@ def encode_document(document: Document, tokenizer: Tokenizer, options: EncodeOpt
     key = {"text": document.text, "id": document.id, "group": document.group}[options.holdout_by]
     if key is None:
         raise DataError(f"document {document.id}: no group to hold it out by; set group_field=NAME or holdout_by=text")
-    ids = tokenizer.encode(document.text, bos=options.add_bos, eos=options.add_eos)
+    tokens = encoder.encode(document.text, bos=options.add_bos, eos=options.add_eos)
+    byte_tokens, newline_tokens = encoder.count_bytes(tokens)
     return Encoded(
         dropped=None,
-        tokens=np.asarray(ids, DTYPES[options.dtype]).tobytes(),
+        tokens=tokens,
         text_bytes=len(document.text.encode("utf-8")),
+        byte_tokens=byte_tokens,
+        newline_tokens=newline_tokens,
         held_out=is_held_out(key, salt=options.holdout_salt, fraction=options.validation_fraction),
         has_space_mark=has_space_mark,
     )
@@ -81,9 +84,9 @@ def encode_document(document: Document, tokenizer: Tokenizer, options: EncodeOpt
 def encode_stream(documents: Iterable[Document], options: EncodeOptions, *, workers: int) -> Iterator[Encoded]:
     """One Encoded for each document, in order; with more than one worker, encoded in other processes."""
     if workers == 1:
-        tokenizer = Tokenizer(options.tokenizer)
+        encoder = CachedEncoder(Tokenizer(options.tokenizer), options.dtype)
         for document in documents:
-            yield encode_document(document, tokenizer, options)
+            yield encode_document(document, encoder, options)
         return
     # spawn: a forked child would inherit the locks of the progress bar's thread
     context = multiprocessing.get_context("spawn")
@@ -120,12 +123,12 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 class _Worker:
     """The state of an encoding process."""
 
-    tokenizer: Tokenizer
+    encoder: CachedEncoder
     options: EncodeOptions
 
 
 def _start_worker(options: EncodeOptions) -> None:
-    _Worker.tokenizer = Tokenizer(options.tokenizer)
+    _Worker.encoder = CachedEncoder(Tokenizer(options.tokenizer), options.dtype)
     _Worker.options = options
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 
@@ -139,4 +142,4 @@ def _leave_with_parent() -> None:
 
 
 def _encode_batch(documents: list[Document]) -> list[Encoded]:
-    return [encode_document(document, _Worker.tokenizer, _Worker.options) for document in documents]
+    return [encode_document(document, _Worker.encoder, _Worker.options) for document in documents]

@@ -23,11 +23,13 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
+from data_tools.cached_encoding import CachedEncoder
 from data_tools.documents import (
     Corpus,
     ReadOptions,
     byte_bar,
     check_read_options,
+    differing_keys,
     find_inputs,
     input_list,
     inputs_identity,
@@ -57,16 +59,9 @@ LEFT_OVER = re.compile(
     r"\.((train|validation)-\d{5,}\.(bin|idx)|(progress\.json|dataset\.json|tokenizer\.model)\.\d+)\.tmp"
 )
 IN_MANIFEST = ("source", "tokenizer_sha256", "add_bos", "add_eos")  # settings with a field of their own there
-COUNTS = (
-    "read",
-    "kept",
-    "train",
-    "validation",
-    "dropped_empty",
-    "dropped_invalid",
-    "with_space_mark",
-    "dropped_space_mark",
-)
+ODD = ("dropped_empty", "dropped_invalid", "with_space_mark", "dropped_space_mark")
+TOKEN_COUNTS = ("byte_tokens", "newline_tokens")  # of the documents kept; a newline token is a byte token too
+COUNTS = ("read", "kept", "train", "validation", *ODD, *TOKEN_COUNTS)
 
 
 @dataclass
@@ -161,6 +156,8 @@ class _Part:
             return
         split = "validation" if document.held_out else "train"
         self.counts["kept"] += 1
+        self.counts["byte_tokens"] += document.byte_tokens
+        self.counts["newline_tokens"] += document.newline_tokens
         self.counts[split] += 1
         if split not in self._writers:
             self._writers[split] = ShardWriter(self._directory, f"{split}-{self._number:05d}", self._dtype)
@@ -172,7 +169,8 @@ class _Part:
         for split in SPLITS:
             if split in self._writers:
                 progress.splits[split].append(self._writers.pop(split).commit())
-        progress.counts.update(self.counts)
+        # an unfinished data set of an older release has not counted byte tokens from its start
+        progress.counts.update({name: count for name, count in self.counts.items() if name in progress.counts})
         progress.parts += 1
         progress.write(self._directory)
 
@@ -247,7 +245,7 @@ def _is_there_already(directory: Path, identity: dict[str, Any], *, overwrite: b
         separate = {name: getattr(manifest, name) for name in IN_MANIFEST}
         found: dict[str, Any] = manifest.settings | separate
         # A newer program need not make a finished data set again.
-        differing = [key for key in identity if key != "versions" and found.get(key) != identity[key]]
+        differing = [key for key in differing_keys(identity, found) if key != "versions"]
         problem = f"made with another {', '.join(differing)}" if differing else None
     except DataError as error:
         problem = f"damaged: {error}"
@@ -283,7 +281,7 @@ def _obstacle(directory: Path, identity: dict[str, Any], tokenizer: Tokenizer, p
     if progress is None:
         strangers = sorted(path.name for path in directory.iterdir() if SHARD_FILE.fullmatch(path.name))
         return f"holds {strangers[0]} but no {MANIFEST_FILE}" if strangers else None
-    differing = [key for key in identity if progress.identity.get(key) != identity[key]]
+    differing = differing_keys(identity, progress.identity)
     if differing:
         return f"there is an unfinished data set made with another {', '.join(differing)}"
     try:
@@ -318,6 +316,9 @@ def _write_parts(settings: TokenizeShardsSettings, corpus: Corpus, tokenizer: To
         holdout_salt=settings.holdout_salt,
         drop_space_mark=settings.on_space_mark == "drop",
     )
+    obstacle = CachedEncoder(tokenizer, dtype).obstacle
+    if obstacle:
+        print(f"{settings.tokenizer}: {obstacle}, so texts are encoded whole, several times slower", flush=True)
     part = _Part(directory, progress.parts, dtype)
     workers = settings.workers or os.cpu_count() or 1
     documents = itertools.islice(corpus.documents(), skip, None)
@@ -358,7 +359,7 @@ def _manifest(directory: Path, tokenizer: Tokenizer, progress: Progress) -> Mani
         bos_id=tokenizer.bos_id,
         eos_id=tokenizer.eos_id,
         splits={split: tuple(progress.splits[split]) for split in SPLITS},
-        documents={name: progress.counts[name] for name in COUNTS},
+        documents={name: progress.counts[name] for name in COUNTS if name in progress.counts},
         settings={key: value for key, value in identity.items() if key not in IN_MANIFEST},
         **{key: identity[key] for key in IN_MANIFEST},
     )
@@ -366,16 +367,23 @@ def _manifest(directory: Path, tokenizer: Tokenizer, progress: Progress) -> Mani
 
 def _print_summary(manifest: Manifest) -> None:
     for name, count in manifest.documents.items():
-        print(f"documents {name:<20} {count:>16,}")
+        print(f"{'         ' if name in TOKEN_COUNTS else 'documents'} {name:<20} {count:>16,}")
     for split in SPLITS:
-        text_bytes = sum(shard.text_bytes for shard in manifest.shards(split))
-        print(
-            f"{split:<11}{manifest.tokens(split):>18,} tokens {text_bytes:>18,} bytes of text in "
-            f"{len(manifest.shards(split))} shards"
-        )
+        sizes = f"{manifest.tokens(split):>18,} tokens {manifest.text_bytes(split):>18,} bytes of text"
+        print(f"{split:<11}{sizes} in {len(manifest.shards(split))} shards")
+    tokens, text_bytes = (sum(map(count, SPLITS)) for count in (manifest.tokens, manifest.text_bytes))
+    print(f"{text_bytes / tokens:.2f} bytes of text per token{_byte_fallback(manifest.documents, tokens)}")
     if manifest.settings["validation_fraction"] > 0 and not manifest.shards("validation"):
         print("no document was held out: raise validation_fraction or set another holdout_salt")
     print(f"wrote {manifest.directory / MANIFEST_FILE}")
+
+
+def _byte_fallback(counts: dict[str, int], tokens: int) -> str:
+    """How much of the text the vocabulary has no piece for, but for the line feeds, which it never has."""
+    if "byte_tokens" not in counts:
+        return ""
+    newlines, bytes_alone = counts["newline_tokens"], counts["byte_tokens"] - counts["newline_tokens"]
+    return f"; byte tokens: {bytes_alone / tokens:.3%} of the tokens, and {newlines / tokens:.3%} line feeds"
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ from data_tools.documents import (
     ReadOptions,
     byte_bar,
     check_read_options,
+    differing_keys,
     find_inputs,
     input_list,
     inputs_identity,
@@ -226,7 +227,7 @@ def _is_there_already(directory: Path, identity: dict[str, Any], *, overwrite: b
     if not model.exists():
         return False
     found = _read_record(record)
-    differing = [key for key, value in identity.items() if found.get(key) != value]
+    differing = differing_keys(identity, found)
     if not differing and found.get("sha256") == sha256_of_file(model):
         return True
     if overwrite:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import itertools
 import json
 import os
 import random
@@ -9,16 +10,25 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools.documents import Corpus, Document, ReadOptions, find_inputs, input_list
+from data_tools.documents import (
+    HASHED_WHOLE,
+    Corpus,
+    Document,
+    ReadOptions,
+    find_inputs,
+    input_list,
+    inputs_identity,
+)
 from data_tools.encoding import is_held_out
 from data_tools.stdlib_corpus import StdlibCorpusSettings, stdlib_corpus
 from data_tools.tokenize_shards import TokenizeShardsSettings, tokenize_shards
@@ -192,6 +202,7 @@ def test_what_is_dropped_is_counted(tokenize: Callable[..., Path], tmp_path: Pat
     kept = read_manifest(tokenize(corpus, output="keep")).documents
     dropped = read_manifest(tokenize(corpus, output="drop", on_space_mark="drop")).documents
     same = {"read": 5, "validation": 0, "dropped_empty": 1, "dropped_invalid": 1, "with_space_mark": 1}
+    same |= {"byte_tokens": 0, "newline_tokens": 0}
     assert kept == same | {"kept": 3, "train": 3, "dropped_space_mark": 0}
     assert dropped == same | {"kept": 2, "train": 2, "dropped_space_mark": 1}
     assert _texts_of(tmp_path / "keep", "train") == ["kept", "with   mark", "kept too"]
@@ -325,34 +336,98 @@ def test_a_corpus_without_a_document_is_refused(tokenize: Callable[..., Path], t
 # Interruption
 
 
-def test_a_run_stopped_by_a_bad_line_goes_on_once_it_is_mended(
-    tokenize: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    lines = [json.dumps({"text": f"text number {n} " * 20}) for n in range(100)]
-    corpus = tmp_path / "a.jsonl"
-    corpus.write_text("\n".join(lines))
-    unbroken = _files_of(tokenize(corpus, output="whole", shard_tokens=2000))
-    corpus.write_text("\n".join([*lines[:70], "#" * len(lines[70]), *lines[71:]]))
-    with pytest.raises(DataError, match="line 71"):
-        tokenize(corpus, shard_tokens=2000)
+@pytest.fixture
+def stopped(tokenize: Callable[..., Path], tmp_path: Path) -> Path:
+    """The corpus of an unfinished data set in out, of shard_tokens=2000: a hundred texts, of which 70 were read."""
+    corpus = _write_jsonl(tmp_path / "a.jsonl", [{"text": f"text number {n} " * 20} for n in range(100)])
+
+    def read(self: Corpus) -> Iterator[Document]:
+        yield from itertools.islice(Corpus(self.files, self.options).documents(), 70)
+        raise DataError("the disk is gone")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data_tools.tokenize_shards.Corpus", type("Failing", (Corpus,), {"documents": read}))
+        with pytest.raises(DataError, match="the disk is gone"):
+            tokenize(corpus, shard_tokens=2000)
     assert (tmp_path / "out" / "progress.json").exists() and not list((tmp_path / "out").glob(".*"))
+    return corpus
+
+
+def test_a_stopped_run_goes_on_with_the_same_settings_only(
+    tokenize: Callable[..., Path], stopped: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = stopped
+    unbroken = _files_of(tokenize(corpus, output="whole", shard_tokens=2000))
     with pytest.raises(DataError, match=r"unfinished data set made with another add_eos; set overwrite=true"):
         tokenize(corpus, shard_tokens=2000, add_eos=False)
-    corpus.write_text("\n".join(lines))
     capsys.readouterr()
     assert _files_of(tokenize(corpus, shard_tokens=2000)) == unbroken
     assert "going on after" in capsys.readouterr().out
 
 
-def test_an_unfinished_data_set_with_a_damaged_shard_is_not_gone_on_with(
-    tokenize: Callable[..., Path], tmp_path: Path
+def test_an_input_changed_in_place_is_noticed_and_a_copied_one_is_the_same(
+    tokenize: Callable[..., Path], stopped: Path, tmp_path: Path
 ) -> None:
-    lines = [json.dumps({"text": f"text number {n} " * 20}) for n in range(100)]
-    corpus = tmp_path / "a.jsonl"
-    corpus.write_text("\n".join([*lines[:70], "#" * len(lines[70]), *lines[71:]]))
-    with pytest.raises(DataError, match="line 71"):
+    corpus, copy = stopped, tmp_path / "copy" / "a.jsonl"
+    whole = corpus.read_bytes()
+    corpus.write_bytes(whole.replace(b"number 3 ", b"NUMBER 3 "))
+    assert corpus.stat().st_size == len(whole)
+    with pytest.raises(DataError, match=r"unfinished data set made with another input_content; set overwrite=true"):
         tokenize(corpus, shard_tokens=2000)
-    corpus.write_text("\n".join(lines))
+    copy.parent.mkdir()
+    copy.write_bytes(whole)
+    os.utime(copy, (0, 0))
+    made = _files_of(tokenize(copy, shard_tokens=2000))
+    with pytest.raises(DataError, match=r"a data set made with another input_content; set overwrite=true"):
+        tokenize(corpus, shard_tokens=2000)
+    corpus.write_bytes(whole)
+    assert _files_of(tokenize(corpus, output="anew", shard_tokens=2000)) == made
+
+
+def test_a_change_anywhere_in_a_small_file_and_at_the_ends_of_a_large_one_is_seen(tmp_path: Path) -> None:
+    for size, places in ((100_000, (0, 50_000, 99_999)), (HASHED_WHOLE + 1, (0, HASHED_WHOLE))):
+        content = bytearray(random.Random(0).randbytes(size))
+        seen = set()
+        for place in (None, *places):
+            if place is not None:
+                content[place] ^= 1
+            (tmp_path / "a.bin").write_bytes(content)
+            seen.add(inputs_identity(find_inputs([str(tmp_path)]))["input_content"])
+        assert len(seen) == 1 + len(places)
+
+
+def test_what_a_release_made_that_did_not_hash_its_input_is_still_its_own(
+    tokenize: Callable[..., Path], stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    progress = tmp_path / "out" / "progress.json"
+    content = json.loads(progress.read_text())
+    del content["identity"]["input_content"], content["counts"]["byte_tokens"], content["counts"]["newline_tokens"]
+    progress.write_text(json.dumps(content))
+    directory = tokenize(stopped, shard_tokens=2000)
+    assert "going on after" in capsys.readouterr().out
+    assert "byte_tokens" not in read_manifest(directory).documents  # of some shards only, it would be wrong
+    tokenize(stopped, shard_tokens=2000)
+    assert "nothing to do" in capsys.readouterr().out
+    verify_shards(VerifyShardsSettings(path=str(directory)))
+
+
+def test_bytes_per_token_and_byte_tokens_are_told(
+    tokenize: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ["a line\nanother\n", "\N{SNOWMAN}", "plain"]
+    corpus = _write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    manifest = read_manifest(tokenize(corpus))
+    ids = open_tokens(manifest, manifest.shards("train")[0])
+    assert np.isin(ids, range(3, 259)).sum() == manifest.documents["byte_tokens"] == 5
+    assert (ids == 13).sum() == manifest.documents["newline_tokens"] == 2
+    share = f"{23 / len(ids):.2f} bytes of text per token; byte tokens: {3 / len(ids):.3%} of the tokens"
+    assert f"{share}, and {2 / len(ids):.3%} line feeds" in capsys.readouterr().out
+
+
+def test_an_unfinished_data_set_with_a_damaged_shard_is_not_gone_on_with(
+    tokenize: Callable[..., Path], stopped: Path, tmp_path: Path
+) -> None:
+    corpus = stopped
     (tmp_path / "out" / "train-00000.bin").write_bytes(b"cut")
     with pytest.raises(DataError, match=r"unfinished data set, damaged: .*train-00000\.bin.*overwrite=true"):
         tokenize(corpus, shard_tokens=2000)
@@ -578,6 +653,6 @@ def test_the_commands_work_from_the_command_line(small_library: Path, tmp_path: 
 
 
 def test_the_tools_do_not_import_torch() -> None:
-    names = ("train_tokenizer", "tokenize_shards", "verify_shards", "stdlib_corpus", "show_samples")
+    names = ("train_tokenizer", "tokenize_shards", "verify_shards", "stdlib_corpus", "show_samples", "prepare", "audit")
     program = f"import sys, {', '.join(f'data_tools.{name}' for name in names)}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0

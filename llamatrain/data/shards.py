@@ -91,6 +91,9 @@ class Manifest:
     def tokens(self, split: str) -> int:
         return sum(shard.tokens for shard in self.shards(split))
 
+    def text_bytes(self, split: str) -> int:
+        return sum(shard.text_bytes for shard in self.shards(split))
+
     def content(self) -> dict[str, Any]:
         """The JSON form."""
         content = asdict(self)

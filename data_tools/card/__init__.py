@@ -1,0 +1,1 @@
+"""The data card of a prepared source: what the ledger holds, for eyes."""
