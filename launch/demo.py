@@ -5,13 +5,12 @@ is not done twice. No torch is imported here.
 """
 
 import json
-import shlex
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from launch.stages import leave_if_stopped, run_stage
 
 DATA = Path("runs/demo-data")
 RUN = Path("runs/demo")
@@ -56,29 +55,6 @@ def stages() -> list[list[str]]:
     ]
 
 
-def run_stage(arguments: list[str]) -> None:
-    """Run one command; a failure ends the demo with its status."""
-    print(f"\n$ python -m {shlex.join(arguments)}", flush=True)
-    with subprocess.Popen([sys.executable, "-m", *arguments]) as child:
-        signal.signal(signal.SIGTERM, lambda *_: child.terminate())  # or the child would live on without us
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the child by itself
-        status = child.wait()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    if status != 0:
-        sys.exit(status)
-    if arguments[0] == "llamatrain.train":
-        leave_if_stopped()
-
-
-def leave_if_stopped() -> None:
-    """End the demo where training was stopped before its end; the next `make demo` goes on."""
-    status = json.loads((RUN / "status.json").read_text(encoding="utf-8"))
-    if status["state"] != "done":
-        print(f"stopped at step {status['step']} ({status['reason']}); make demo goes on from there")
-        sys.exit(130)
-
-
 def validation_records(metrics: Path) -> list[dict[str, Any]]:
     """The validation records of a run, oldest first."""
     records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
@@ -103,6 +79,8 @@ def main() -> None:
     started = time.monotonic()
     for stage in stages():
         run_stage(stage)
+        if stage[0] == "llamatrain.train":
+            leave_if_stopped(RUN, "make demo")
     records = validation_records(RUN / "metrics.jsonl")
     margin = print_losses(records[0], records[-1])
     print(f"\ncorpus, tokenizer, shards  {DATA}/")

@@ -13,11 +13,18 @@ import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from data_tools.audit import AuditSettings
+from data_tools.data_card import DataCardSettings
+from data_tools.mix import MixSettings
+from data_tools.reference_urls import ReferenceUrlsSettings
 from data_tools.show_samples import ShowSamplesSettings
 from data_tools.stdlib_corpus import StdlibCorpusSettings
 from data_tools.tokenize_shards import TokenizeShardsSettings
+from data_tools.train_ngrams import TrainNgramsSettings
+from data_tools.train_quality import TrainQualitySettings
 from data_tools.train_tokenizer import TrainTokenizerSettings
 from data_tools.verify_shards import VerifyShardsSettings
+from launch.from_raw import FromRawSettings
 from llamatrain.cli import command_line
 from llamatrain.config import RunConfig, validate
 from llamatrain.config.build import build
@@ -145,6 +152,13 @@ def test_help_fits_two_screens_and_names_what_a_newcomer_needs(tmp_path: Path) -
         ("data_tools/verify_shards", VerifyShardsSettings),
         ("data_tools/show_samples", ShowSamplesSettings),
         ("data_tools/stdlib_corpus", StdlibCorpusSettings),
+        ("data_tools/audit", AuditSettings),
+        ("data_tools/train_ngrams", TrainNgramsSettings),
+        ("data_tools/train_quality", TrainQualitySettings),
+        ("data_tools/reference_urls", ReferenceUrlsSettings),
+        ("from_raw", FromRawSettings),
+        ("data_tools/mix", MixSettings),
+        ("data_tools/data_card", DataCardSettings),
     ],
 )
 def test_a_commands_file_lists_every_setting_with_its_default(name: str, schema: type) -> None:

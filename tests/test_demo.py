@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from launch import demo
+from launch.stages import leave_if_stopped
 
 
 def records(loss: float) -> list[dict[str, Any]]:
@@ -29,6 +30,7 @@ def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]
     ran: list[list[str]] = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo, "run_stage", ran.append)
+    monkeypatch.setattr(demo, "leave_if_stopped", lambda *_: None)
     demo.RUN.mkdir(parents=True)
     return ran
 
@@ -63,7 +65,7 @@ def test_it_leaves_where_training_was_stopped(
     (demo.RUN / "status.json").write_text(json.dumps({"state": state, "step": 7, "reason": "SIGINT"}))
     if leaves:
         with pytest.raises(SystemExit):
-            demo.leave_if_stopped()
+            leave_if_stopped(demo.RUN, "make demo")
         assert "stopped at step 7 (SIGINT); make demo goes on from there" in capsys.readouterr().out
     else:
-        demo.leave_if_stopped()
+        leave_if_stopped(demo.RUN, "make demo")
