@@ -1,6 +1,7 @@
 # make demo            set up .venv and train a small LLaMA on this machine's Python library
 # make demo VENV=none  the same with the python at hand, installing nothing
 # make drills          faults made on purpose, hundreds of times (SAMPLE=1: some of each, a quarter of an hour)
+# make bench-data      MB of text a core-second of data_tools, its peers beside (SMOKE=1: half a minute)
 # make bench           tokens per second beside other frameworks (SMOKE=1: a few minutes, to see that it runs)
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,7 +21,7 @@ DEVELOPABLE := $(VENV)/.installed-dev
 BENCHABLE := $(VENV)/.installed-bench
 endif
 
-.PHONY: demo test test-all drills verify lint bench clean
+.PHONY: demo test test-all drills verify lint bench bench-data clean
 
 demo: $(INSTALLED)
 	$(RUN) -m launch.demo
@@ -46,6 +47,9 @@ bench: $(BENCHABLE)
 	$(RUN) -m tests.benchmarks.bench_loader $(if $(SMOKE),--repetitions 1 --shard-tokens 4000000 --tokens 4000000)
 	$(RUN) -m tests.benchmarks.bench_recompute $(if $(SMOKE),--repetitions 1)
 	$(RUN) -m tests.benchmarks.bench_peers $(if $(SMOKE),--smoke)
+
+bench-data: $(TESTABLE)
+	OMP_NUM_THREADS=1 $(RUN) -m tests.benchmarks.bench_data $(if $(SMOKE),--smoke)
 
 clean:
 	rm -rf $(filter-out none,$(VENV)) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs/demo runs/demo-data

