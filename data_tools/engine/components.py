@@ -71,7 +71,8 @@ def _module(setting: str, package: str, name: str) -> ModuleType:
         if error.name is None or not (path == error.name or path.startswith(f"{error.name}.")):
             raise ConfigError(f"{setting}: {name} needs {error.name}: pip install 'llamatrain[data]'") from None
     folder = Path(__file__).parent.parent / package
-    known = ", ".join(sorted(file.stem for file in folder.glob("*.py") if not file.stem.startswith("_")))
+    entry = "\ndef read(" if package == "sources" else "_filter(settings"
+    known = ", ".join(sorted(file.stem for file in folder.glob("*.py") if entry in file.read_text(encoding="utf-8")))
     raise ConfigError(f"{setting}: there is no {name}; choose of {known}, or give the dotted name of a module")
 
 

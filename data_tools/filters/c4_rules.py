@@ -11,7 +11,7 @@ set (`clean_page` and `get_badwords_filter_fn` of TensorFlow Datasets). Deviatio
 * No list of bad words comes with the program: `bad_words` names a file, one word or phrase a line. C4 took the English
   list of LDNOOBW (CC BY 4.0).
 * C4 then removes repeated text between pages: three-sentence spans in the paper, lines in the code. That is the
-  work of deduplication; `sentence_spans` gives it the spans.
+  work of deduplication; `data_tools.dedup.levels` does it.
 
 Drop reasons of pages: c4_too_long, c4_lorem_ipsum, c4_curly_bracket, c4_bad_word, c4_too_few_sentences. Lines taken
 out are counted in `Record.counts` as lines_in and lines_long_word, lines_no_end_mark, lines_short, lines_javascript,
@@ -24,9 +24,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from data_tools.dedup.lines import hashes_of, normalised_lines
 from data_tools.records import Dropped, Record
 from llamatrain.errors import ConfigError
 
@@ -227,20 +224,3 @@ def _is_abbreviated(line: str, begin: int, mark: int) -> bool:
     word = line[max(begin, mark - 12) : mark].rsplit(None, 1)[-1:] or [""]
     last = word[0].lstrip(_OPENING)
     return _ABBREVIATIONS.fullmatch(last) is not None or (len(last) == 1 and last.isupper())
-
-
-def sentence_spans(text: str, *, length: int = 3) -> tuple[list[tuple[int, int]], np.ndarray]:
-    """Every run of `length` sentences of the text, across its lines: where each begins and ends, and its hash.
-
-    Returns the spans and as many XXH3-64 hashes, uint64, of the sentences normalised as lines are
-    (`dedup.lines`). The paper keeps one of each of these spans. A text of fewer sentences has none.
-    """
-    places: list[tuple[int, int]] = []
-    offset = 0
-    for line in text.split("\n"):
-        places += [(offset + begin, offset + end) for begin, end in sentences(line)]
-        offset += len(line) + 1
-    normalised = [normalised_lines(text[begin:end])[0] for begin, end in places]
-    last = len(places) - length + 1
-    spans = [(places[first][0], places[first + length - 1][1]) for first in range(last)]
-    return spans, hashes_of([b"\n".join(normalised[first : first + length]) for first in range(last)], kind="xxh3")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data_tools.filters.c4_rules import C4Settings, c4_filter, sentence_spans, sentences
+from data_tools.filters.c4_rules import C4Settings, c4_filter, sentences
 from data_tools.records import Dropped, Record
 from llamatrain.errors import ConfigError
 from tests.real_text import shared_data
@@ -238,15 +238,6 @@ def test_sentences_are_in_order_and_lose_nothing_but_white_space(line: str) -> N
     spans = sentences(line)
     assert "".join("".join(line[begin:end].split()) for begin, end in spans) == "".join(line.split())
     assert bool(spans) == bool(line.strip())
-
-
-def test_spans_of_three_sentences_go_across_lines_and_hash_by_their_normalised_words() -> None:
-    spans, hashes = sentence_spans("One. Two!\nThree? Four.")
-    assert spans == [(0, 16), (5, 22)]
-    again, others = sentence_spans("Zero. ONE.  Two!   Three?")
-    assert others[1] == hashes[0] and others[0] not in hashes
-    assert len(again) == 2
-    assert sentence_spans("One. Two.")[1].tolist() == []
 
 
 def test_the_rules_on_a_real_archive() -> None:
