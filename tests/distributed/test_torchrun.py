@@ -39,10 +39,10 @@ def start(
     return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=output, stderr=output, text=True)
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+def finish(process: subprocess.Popen[str], *, patience_s: float = PATIENCE_S) -> tuple[int, str, str]:
     """(exit status, stdout, stderr)."""
     try:
-        out, err = process.communicate(timeout=PATIENCE_S)
+        out, err = process.communicate(timeout=patience_s)
     except subprocess.TimeoutExpired:
         process.kill()
         out, err = process.communicate()

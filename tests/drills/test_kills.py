@@ -48,7 +48,7 @@ def test_ranks_killed_one_after_the_other(ranks: int, sources: dict[str, Path], 
     steps = (kills + 4) * STEPS_A_KILL
     shape = [*SHAPE, *GUARDS, f"data.sources.lines.path={sources['lines']}", f"train.steps={steps}"]
     shape += ["train.global_batch_tokens=256", "train.micro_batch=1"]
-    exit_status, _, err = finish(start([*shape, f"run_dir={tmp_path}/whole"], ranks=ranks))
+    exit_status, _, err = finish(start([*shape, f"run_dir={tmp_path}/whole"], ranks=ranks), patience_s=2 * steps)
     assert exit_status == 0, err
     order = [rank for _ in range(kills // ranks + 1) for rank in rng.sample(range(ranks), ranks)]
     with open(tmp_path / "said", "w") as said:  # more than a pipe holds
@@ -56,7 +56,7 @@ def test_ranks_killed_one_after_the_other(ranks: int, sources: dict[str, Path], 
         try:
             for number, rank in enumerate(order[:kills], start=1):
                 killed(launcher, tmp_path / "killed", rank, rng, before_step=number * STEPS_A_KILL)
-            exit_status, _, _ = finish(launcher)
+            exit_status, _, _ = finish(launcher, patience_s=2 * steps)
         finally:
             launcher.kill()  # if it has not come to its end
     losses = []
