@@ -56,7 +56,7 @@ def test_what_differs_from_the_attempt_before_is_told_there_and_back(
 ) -> None:
     def told(stop: int, lr: float) -> list[str]:
         train_in_process(small_config(tmp_path, sources, train={"stop_after_step": stop}, optim={"lr": lr}))
-        return [line for line in capsys.readouterr().err.splitlines() if " from here on" in line]
+        return [line for line in capsys.readouterr().err.splitlines() if " before, is " in line]
 
     assert told(1, 1e-3) == []
     stop = "train.stop_after_step was {} before, is {} from here on"
