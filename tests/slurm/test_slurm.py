@@ -279,7 +279,9 @@ def test_a_job_is_preempted_while_a_save_is_written_beside_training(
     assert (stopped["state"], stopped["reason"]) == ("preempted", "control/stop")
     assert 25 < stopped["step"] < STEPS
     assert saved_steps(run_dir)[-1] == stopped["step"]
-    assert [entry["step"] for entry in journal(run_dir, "checkpoint")][:2] == [25, stopped["step"]]
+    noted = [entry["step"] for entry in journal(run_dir, "checkpoint")]
+    assert noted[0] == 25  # under way when the signal came
+    assert stopped["step"] in noted  # on a quick machine there is another in between
     assert job.wait(PATIENCE_S) == "COMPLETED", job.explain()
     assert [entry["resumed_from"] for entry in journal(run_dir, "start")] == [None, stopped["step"]]
     assert_same_run(undisturbed, run_dir, step=STEPS)
