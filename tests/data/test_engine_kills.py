@@ -73,26 +73,29 @@ def test_killed_before_any_call_that_writes(tmp_path: Path, longest: int) -> Non
 
 def test_killed_with_all_its_processes_at_any_moment(tmp_path: Path, tiny_tokenizer: Path) -> None:
     corpus = write_corpus(tmp_path / "in", files=12, documents=400)
-    changes: dict[str, Any] = {"tokenizer": str(tiny_tokenizer), "tokenize": {"shard_tokens": 20_000}}
-    whole = files_of(prepared(corpus, tmp_path / "whole", **changes))
     output = tmp_path / "out"
     program = (
         "import sys; from pathlib import Path; from tests.data.preparing import prepared; "
         "prepared(Path(sys.argv[1]), Path(sys.argv[2]), workers=2, tokenizer=sys.argv[3], "
         "tokenize={'shard_tokens': 20_000})"
     )
-    command = [sys.executable, "-c", program, str(corpus), str(output), str(tiny_tokenizer)]
+    command = [sys.executable, "-c", program, str(corpus)]
+    began = time.monotonic()
+    subprocess.run([*command, str(tmp_path / "whole"), str(tiny_tokenizer)], cwd=ROOT, check=True, capture_output=True)
+    took, whole = time.monotonic() - began, files_of(tmp_path / "whole")
     generator = random.Random(0)
-    patience, kills = 1.0, 0
+    patience, kills = 0.3 * took, 0
     while True:
-        process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [*command, str(output), str(tiny_tokenizer)], cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL
+        )
         try:
-            code = process.wait(timeout=patience + generator.random())
+            code = process.wait(timeout=patience * generator.uniform(0.8, 1.2))
         except subprocess.TimeoutExpired:
             # half of the time the driver alone: its workers must notice, and must not spoil what comes after
             os.kill(process.pid, signal.SIGKILL) if kills % 2 else os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            kills, patience = kills + 1, patience * 1.15
+            kills, patience = kills + 1, patience * 1.1
             continue
         assert code == 0
         break
