@@ -424,7 +424,7 @@ def name(number: int) -> str:
 
 @pytest.mark.parametrize("kind", PATHOLOGICAL)
 def test_the_time_of_a_paper_is_bounded_by_its_size(kind: str) -> None:
-    assert timed(PATHOLOGICAL[kind](20_000)) < 2.0
+    assert timed(PATHOLOGICAL[kind](20_000)) < 10
 
 
 def test_marks_for_verbatim_text_cannot_multiply_it() -> None:

@@ -179,11 +179,11 @@ UNCLOSED += ["\n* ", "'''''a'' ", "{{{", "{{lang|fr|[[a", "<nowiki>", "== a ==\n
 
 @pytest.mark.parametrize("mark", UNCLOSED)
 def test_marks_without_end_take_linear_time(mark: str) -> None:
-    """200,000 characters in under 2 s: what is quadratic takes minutes here."""
+    """200,000 characters in under 10 s (it takes less than one): what is quadratic takes minutes here."""
     text = mark * (200_000 // len(mark))
     start = time.process_time()
     clean_wikitext(text)
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < 10
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_marks_without_end_take_linear_time(mark: str) -> None:
 def test_deep_nesting_takes_linear_time_and_no_recursion(opening: str, closing: str) -> None:
     start = time.process_time()
     clean_wikitext("x " + opening * 50_000 + closing * 50_000)
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < 10
 
 
 PIECES = [
