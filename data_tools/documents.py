@@ -20,6 +20,7 @@ from typing import IO, Any
 import zstandard
 from tqdm import tqdm
 
+from data_tools.compression import zstd_chunks
 from llamatrain.errors import ConfigError, DataError
 from llamatrain.files import sha256_of_json
 
@@ -200,7 +201,7 @@ def _decompressed(file: InputFile, stream: IO[bytes]) -> Iterator[bytes]:
         if file.path.suffix == ".gz":
             yield from _gzip_chunks(stream)
         elif file.path.suffix == ".zst":
-            yield from _zstd_chunks(stream)
+            yield from zstd_chunks(stream, read_bytes=CHUNK_BYTES)
         else:
             while chunk := stream.read(CHUNK_BYTES):
                 yield chunk
@@ -215,22 +216,6 @@ def _gzip_chunks(stream: IO[bytes]) -> Iterator[bytes]:
     with gzip.open(stream) as decompressed:
         while chunk := decompressed.read(CHUNK_BYTES):
             yield chunk
-
-
-def _zstd_chunks(stream: IO[bytes]) -> Iterator[bytes]:
-    # Frame by frame: zstandard's stream_reader takes a truncated file for a whole one.
-    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-    frame = decompressor.decompressobj()
-    at_frame_end = False
-    while data := stream.read(CHUNK_BYTES):
-        while data:
-            yield frame.decompress(data)
-            at_frame_end = frame.eof
-            data = frame.unused_data if at_frame_end else b""
-            if at_frame_end:
-                frame = decompressor.decompressobj()
-    if not at_frame_end:
-        raise EOFError("the last frame has no end")
 
 
 def _jsonl_documents(file: InputFile, chunks: Iterator[bytes], options: ReadOptions) -> Iterator[Document]:

@@ -8,14 +8,11 @@ interrupted run goes on from there. The result is that of an unbroken run, byte 
 workers.
 """
 
-import fcntl
 import itertools
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +32,7 @@ from data_tools.documents import (
     inputs_identity,
 )
 from data_tools.encoding import HOLDOUT_KEYS, SPACE_MARK_CHOICES, Encoded, EncodeOptions, encode_stream
+from data_tools.locking import only_writer
 from llamatrain.cli import run_command
 from llamatrain.data.shards import (
     DTYPES,
@@ -196,7 +194,7 @@ def tokenize_shards(settings: TokenizeShardsSettings) -> None:
     identity = _identity(settings, corpus, tokenizer)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with _only_writer(directory):
+        with only_writer(directory):
             if _is_there_already(directory, identity, overwrite=settings.overwrite):
                 print(f"{directory}: this data set is there already, complete; nothing to do")
                 return
@@ -217,22 +215,6 @@ def _identity(settings: TokenizeShardsSettings, corpus: Corpus, tokenizer: Token
         "tokenizer_sha256": tokenizer.sha256,
         "versions": {"llamatrain": VERSION, "sentencepiece": sentencepiece.__version__},
     }
-
-
-@contextmanager
-def _only_writer(directory: Path) -> Iterator[None]:
-    """Two runs writing the same data set would spoil it; the lock goes with the process."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"{directory}: another process is writing there; wait for it or stop it") from None
-        except OSError:
-            pass  # a file system without locks
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _is_there_already(directory: Path, identity: dict[str, Any], *, overwrite: bool) -> bool:

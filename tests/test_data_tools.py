@@ -473,7 +473,7 @@ def test_two_runs_do_not_write_to_one_place(tokenize: Callable[..., Path], tmp_p
     (tmp_path / "out").mkdir()
     descriptor = os.open(tmp_path / "out", os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
-    with pytest.raises(DataError, match="another process is writing there"):
+    with pytest.raises(DataError, match="another process is at work there; wait for it or stop it"):
         tokenize(_write_jsonl(tmp_path / "a.jsonl", [{"text": "text"}]))
     os.close(descriptor)
 

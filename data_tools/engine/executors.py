@@ -4,7 +4,6 @@ The processes keep nothing between units but loaded models; all state is the led
 any moment. What is done is not done again.
 """
 
-import fcntl
 import multiprocessing
 import os
 import signal
@@ -20,7 +19,8 @@ from data_tools.documents import byte_bar
 from data_tools.engine.ledger import LEDGER
 from data_tools.engine.plan import Plan, Stage, Unit, read_plan
 from data_tools.engine.stages import OWN_PROCESSES, Workplace, pending
-from llamatrain.errors import ConfigError, DataError, LlamatrainError
+from data_tools.locking import only_writer
+from llamatrain.errors import ConfigError, LlamatrainError
 
 SHOWN = 5  # failed units whose errors are printed
 
@@ -79,17 +79,8 @@ def _bytes(units: Sequence[Unit]) -> int:
 def at_work(output: Path, *, shared: bool) -> Iterator[None]:
     """Parts of a stage (`shared`) may run side by side, but nothing beside a driver. Raises DataError."""
     output.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(output, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"{output}: another prepare is at work there; wait for it or stop it") from None
-        except OSError:
-            pass  # a file system without locks
+    with only_writer(output, shared=shared, who="prepare"):
         yield
-    finally:
-        os.close(descriptor)
 
 
 def remove_left_overs(output: Path) -> None:

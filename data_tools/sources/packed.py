@@ -27,6 +27,7 @@ from typing import IO, Any, cast
 
 import zstandard
 
+from data_tools.compression import zstd_chunks
 from data_tools.records import SAMPLE_CHARACTERS, Dropped
 from llamatrain.errors import DataError
 
@@ -174,7 +175,7 @@ def _chunks(file: IO[bytes], path: Path) -> Iterator[bytes]:
 
 def _unpacked(file: IO[bytes], magic: bytes) -> Iterator[bytes]:
     if magic.startswith(b"\x28\xb5\x2f\xfd"):
-        yield from _zstd_chunks(file)
+        yield from zstd_chunks(file, read_bytes=ZSTD_INPUT_BYTES)
         return
     plain: Any = file
     for mark, opened in PACKINGS:
@@ -182,22 +183,6 @@ def _unpacked(file: IO[bytes], magic: bytes) -> Iterator[bytes]:
             plain = opened(file)
     while chunk := plain.read(CHUNK_BYTES):
         yield chunk
-
-
-def _zstd_chunks(file: IO[bytes]) -> Iterator[bytes]:
-    # Frame by frame: zstandard's stream_reader takes a truncated file for a whole one.
-    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-    frame = decompressor.decompressobj()
-    at_frame_end = False
-    while data := file.read(ZSTD_INPUT_BYTES):
-        while data:
-            yield frame.decompress(data)
-            at_frame_end = frame.eof
-            data = frame.unused_data if at_frame_end else b""
-            if at_frame_end:
-                frame = decompressor.decompressobj()
-    if not at_frame_end:
-        raise EOFError("the last frame has no end")
 
 
 def _lines(chunks: Iterator[bytes], max_bytes: int) -> Iterator[tuple[bytes, int]]:

@@ -11,6 +11,7 @@ from typing import BinaryIO
 
 import zstandard
 
+from data_tools.compression import zstd_chunks
 from llamatrain.errors import DataError
 
 GZIP_MAGIC = b"\x1f\x8b"
@@ -34,7 +35,7 @@ def file_chunks(path: Path) -> Iterator[bytes]:
             if magic.startswith(GZIP_MAGIC):
                 yield from _gzip_chunks(stream)
             elif magic == ZSTD_MAGIC:
-                yield from _zstd_chunks(stream)
+                yield from zstd_chunks(stream, read_bytes=ZSTD_READ_BYTES)
             else:
                 while chunk := stream.read(READ_BYTES):
                     yield chunk
@@ -73,23 +74,6 @@ def _gzip_chunks(stream: BinaryIO) -> Iterator[bytes]:
         yield chunk  # what the limit of the last call held back
     if not at_start and not member.eof:
         raise EOFError("the last gzip member has no end")
-
-
-def _zstd_chunks(stream: BinaryIO) -> Iterator[bytes]:
-    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-    frame = decompressor.decompressobj()
-    at_frame_end = True
-    while data := stream.read(ZSTD_READ_BYTES):
-        while data:
-            chunk = frame.decompress(data)
-            if chunk:
-                yield chunk
-            at_frame_end = frame.eof
-            data = frame.unused_data if at_frame_end else b""
-            if at_frame_end:
-                frame = decompressor.decompressobj()
-    if not at_frame_end:
-        raise EOFError("the last zstd frame has no end")
 
 
 def bounded_parts(chunks: Iterator[bytes], separator: bytes | None, *, max_bytes: int) -> Iterator[tuple[bytes, int]]:
