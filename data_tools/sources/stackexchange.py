@@ -20,6 +20,7 @@ A row is dropped as
     empty                   no text in it
 """
 
+import marshal
 import re
 import struct
 import tempfile
@@ -27,9 +28,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 from xml.etree import ElementTree
-
-import msgspec
 
 from data_tools.cleaning.posts_html import post_text
 from data_tools.records import SAMPLE_CHARACTERS, Dropped, Record
@@ -57,7 +57,7 @@ class StackExchangeSettings:
     max_partition_bytes: int = 1 << 30  # more is refused: lower ids_per_partition
 
 
-class _Post(msgspec.Struct, array_like=True):
+class _Post(NamedTuple):
     id: int
     question: int  # the answered question's number; of a question its own
     score: int
@@ -127,11 +127,9 @@ class _Partitions:
         self._buffers: defaultdict[int, bytearray] = defaultdict(bytearray)
         self._buffered = 0
         self._written: set[int] = set()
-        self._encode = msgspec.msgpack.Encoder().encode
-        self._decode = msgspec.msgpack.Decoder(_Post).decode
 
     def add(self, post: _Post) -> None:
-        data = self._encode(post)
+        data = marshal.dumps(tuple(post))
         buffer = self._buffers[post.question // self._settings.ids_per_partition]
         buffer += _LENGTH.pack(len(data)) + data
         self._buffered += _LENGTH.size + len(data)
@@ -174,7 +172,7 @@ class _Partitions:
         while position < len(data):
             start = position + _LENGTH.size
             position = start + _LENGTH.unpack_from(data, position)[0]
-            posts.append(self._decode(view[start:position]))
+            posts.append(_Post(*marshal.loads(view[start:position])))
         return posts
 
 
