@@ -33,6 +33,7 @@ from llamatrain.distributed import World
 from llamatrain.process import this_process
 
 PATIENCE_S = 60  # for all ranks together, from the launch
+ECHO_S = 1.0  # a rank may hear of a failure, and say so, before the one that failed does
 
 # The first operation on a DTensor imports torch._dynamo, a second's worth in each child.
 processes = multiprocessing.get_context("forkserver")
@@ -73,14 +74,16 @@ def on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[
 
 def _collect(answers: list[Connection], children: list[BaseProcess], deadline: float, stacks: Path) -> list[Any]:
     results: dict[int, Any] = {}
+    failures: list[tuple[float, int, BaseException]] = []
     while len(results) < len(answers):
         waiting = [answer for rank, answer in enumerate(answers) if rank not in results]
         ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+        if not ready and failures:
+            break
         if not ready:
             where = "\n".join(f"{path.name}:\n{path.read_text()}" for path in sorted(stacks.iterdir()))
             silent = [rank for rank in range(len(answers)) if rank not in results]
             raise TimeoutError(f"ranks {silent} are not done after {PATIENCE_S} s\n{where}")
-        failures: list[tuple[float, int, BaseException]] = []
         for rank, answer in enumerate(answers):
             if answer not in ready:
                 continue
@@ -89,11 +92,12 @@ def _collect(answers: list[Connection], children: list[BaseProcess], deadline: f
             except EOFError:
                 children[rank].join()
                 error = RuntimeError(f"rank {rank} died with exit status {children[rank].exitcode}")
-                moment = 0.0  # what the others say of it came after
+                moment, results[rank] = 0.0, None  # what the others say of it came after
             if error is not None:
                 failures.append((moment, rank, error))
-        if failures:
-            raise min(failures, key=lambda failure: failure[:2])[2]
+                deadline = min(deadline, time.monotonic() + ECHO_S)
+    if failures:
+        raise min(failures, key=lambda failure: failure[:2])[2]
     return [results[rank] for rank in range(len(answers))]
 
 
