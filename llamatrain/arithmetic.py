@@ -5,7 +5,7 @@ One truth for metrics, overlap rule and planner; memory has a module of its own.
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from llamatrain.config import RunConfig
 from llamatrain.config.model import ModelConfig
@@ -35,38 +35,67 @@ PEAK_BF16_FLOPS = {
     r"AMD Instinct MI300X": 1307.4e12,
 }
 
+# What a board may draw, W, by the same names; the makers' data sheets. Of the GH200 it is whatever its owner has set.
+BOARD_WATTS = {
+    r"A(100|800)-SXM4-(40|80)GB": 400,
+    r"A100-PCIE-40GB": 250,
+    r"A(100|800) 80GB PCIe": 300,
+    r"H100 80GB HBM3|H800|H200": 700,
+    r"H100 PCIe": 350,
+    r"H100 NVL": 400,
+    r"H200 NVL": 600,
+    r"B200": 1000,
+    r"A10": 150,
+    r"A30": 165,
+    r"A40|RTX A6000": 300,
+    r"L4": 72,
+    r"L40S": 350,
+    r"GeForce RTX 3090": 350,
+    r"GeForce RTX 4090": 450,
+    r"Tesla V100-SXM2-(16|32)GB": 300,
+    r"Tesla V100-PCIE-(16|32)GB": 250,
+    r"AMD Instinct MI300X": 750,
+}
+
 
 def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter by its name, in the order of the model."""
-    d, f, vocab = model.dim, model.ffn_width, model.vocab_size
-    heads, kv = model.n_heads * model.head_dim, model.kv_heads * model.head_dim
+    d, vocab = model.dim, model.vocab_size
     shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (vocab, d)}
     for i in range(model.n_layers):
-        shapes |= {
-            f"layers.{i}.attention.wq.weight": (heads, d),
-            f"layers.{i}.attention.wk.weight": (kv, d),
-            f"layers.{i}.attention.wv.weight": (kv, d),
-            f"layers.{i}.attention.wo.weight": (d, heads),
-            f"layers.{i}.feed_forward.w1.weight": (f, d),
-            f"layers.{i}.feed_forward.w2.weight": (d, f),
-            f"layers.{i}.feed_forward.w3.weight": (f, d),
-            f"layers.{i}.attention_norm.weight": (d,),
-            f"layers.{i}.ffn_norm.weight": (d,),
-        }
+        shapes |= {f"layers.{i}.{name}": shape for name, shape in block_shapes(model).items()}
     shapes["norm.weight"] = (d,)
     if not model.tied_embeddings:
         shapes["output.weight"] = (vocab, d)
     return shapes
 
 
+def block_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter of one block, by its name there."""
+    d, f = model.dim, model.ffn_width
+    heads, kv = model.n_heads * model.head_dim, model.kv_heads * model.head_dim
+    return {
+        "attention.wq.weight": (heads, d),
+        "attention.wk.weight": (kv, d),
+        "attention.wv.weight": (kv, d),
+        "attention.wo.weight": (d, heads),
+        "feed_forward.w1.weight": (f, d),
+        "feed_forward.w2.weight": (d, f),
+        "feed_forward.w3.weight": (f, d),
+        "attention_norm.weight": (d,),
+        "ffn_norm.weight": (d,),
+    }
+
+
 def parameter_count(model: ModelConfig) -> int:
     """Exact number of parameters; a tied embedding counts once."""
-    return sum(math.prod(shape) for shape in parameter_shapes(model).values())
+    blocks, ends = model.n_layers * block_parameters(model), 1 if model.tied_embeddings else 2
+    return blocks + ends * model.vocab_size * model.dim + model.dim
 
 
 def block_parameters(model: ModelConfig) -> int:
     """Parameters of one block."""
-    return sum(math.prod(shape) for name, shape in parameter_shapes(model).items() if name.startswith("layers.0."))
+    return sum(math.prod(shape) for shape in block_shapes(model).values())
 
 
 def micro_batches(config: RunConfig, world_size: int) -> int:
@@ -141,7 +170,7 @@ def tokens_that_hide(
         scattered = r if reduced and ranks.shards > 1 else 0
         added_up = r / ranks.shards if summed and ranks.dp_replicate > 1 else 0
         seconds = max((gathered + scattered) / gather, added_up / all_reduce)  # per parameter
-        return seconds * flops / (4 + 2 * _products_repeated(config))
+        return seconds * flops / (4 + 2 * products_repeated(config))
 
     each = backward(reduced=one or parallel.reduce_scatter == "each", summed=one or parallel.all_reduce == "each")
     last = backward(reduced=True, summed=True)
@@ -149,15 +178,16 @@ def tokens_that_hide(
     return needed if last == each else {**needed, "a step's last backward": last}
 
 
-def _products_repeated(config: RunConfig) -> float:
-    """The share of a block's parameters whose products backward computes again; never w2's, which it does not read."""
+def products_repeated(config: RunConfig, recompute: str | None = None) -> float:
+    """The share of a block's parameters whose products backward computes again; never w2's, which it does not read.
+
+    By `recompute`; by the configuration's if it is None.
+    """
     kept: Iterable[str] = {"full": ("w2",), "selective": (*config.parallel.recompute_save, "w2")}.get(
-        config.parallel.recompute, LINEARS
+        recompute or config.parallel.recompute, LINEARS
     )
     sizes = {
-        name.split(".")[-2]: math.prod(shape)
-        for name, shape in parameter_shapes(config.model).items()
-        if name.startswith("layers.0.") and len(shape) == 2
+        name.split(".")[-2]: math.prod(shape) for name, shape in block_shapes(config.model).items() if len(shape) == 2
     }
     return sum(size for name, size in sizes.items() if name not in kept) / sum(sizes.values())
 
@@ -182,8 +212,25 @@ def seconds_between_failures(devices: int) -> float:
 
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 FLOP/s of a device named as by torch.cuda.get_device_name(); None if it is not known."""
+    return _of_device(PEAK_BF16_FLOPS, device_name)
+
+
+def board_watts(device_name: str) -> float | None:
+    """What such a board may draw, W; None if it is not known."""
+    return _of_device(BOARD_WATTS, device_name)
+
+
+def _of_device(table: Mapping[str, float], device_name: str) -> float | None:
     name = device_name.removeprefix("NVIDIA ")
-    for pattern, flops in PEAK_BF16_FLOPS.items():
-        if re.fullmatch(pattern, name):
-            return flops
-    return None
+    return next((value for pattern, value in table.items() if re.fullmatch(pattern, name)), None)
+
+
+def carbon(gpu_hours: float, *, watts: float, pue: float = 1.1, kg_per_kwh: float = 0.385) -> tuple[float, float]:
+    """Energy in MWh and emissions in tonnes of CO2 equivalent, by the method of LLaMA's paper (arXiv 2302.13971, 6).
+
+    Accelerators draw `watts` all the time; `pue` is what a data centre draws for each unit that arrives there,
+    `kg_per_kwh` the average of the grid of the United States. Hosts, network, and what making it all cost, are left
+    out.
+    """
+    mwh = gpu_hours * watts * pue / 1e6
+    return mwh, mwh * kg_per_kwh

@@ -6,11 +6,12 @@ tests/distributed/test_pipeline.py.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from llamatrain.arithmetic import (
     STATE_BYTES,
     block_parameters,
+    block_shapes,
     element_bytes,
     micro_batches,
     micro_batches_in_flight,
@@ -21,6 +22,8 @@ from llamatrain.config.model import ModelConfig
 from llamatrain.config.parallel import SAVABLE, layout, stage_layers
 
 VECTORS = 40  # bytes that the loss needs for each token beside its logits: target, maximum, sum, masks
+USABLE = 0.9  # of a device's memory; the rest is CUDA's context, NCCL's buffers, and gaps between allocations
+STATE = "weights, gradients, moments"
 LOGITS_BYTES = 128 << 20  # fp32 logits of a chunk. On CPU a step takes the same time from 32 to 256 MiB
 
 
@@ -96,6 +99,53 @@ def training_memory(config: RunConfig, recompute: str, *, world_size: int) -> di
     return max(found, key=lambda parts: sum(parts.values()))
 
 
+def memory_by_part(config: RunConfig, recompute: str, *, world_size: int) -> dict[str, float]:
+    """`training_memory` with weights, gradients and optimizer state one by one and to the byte."""
+    found, stages = [], layout(config.parallel, world_size).pp
+    counts = [len(layers) for layers in stage_layers(config.model.n_layers, stages)]
+    # later ones with no more layers have fewer micro-batches at a time
+    for stage in {0, min(1, stages - 1), counts.index(max(counts)), stages - 1}:
+        parts = _Stage(config, recompute, world_size, stage).parts()
+        del parts[STATE]
+        found.append({**state_bytes(config, world_size=world_size, stage=stage), **parts})
+    return max(found, key=lambda parts: sum(parts.values()))
+
+
+def state_bytes(config: RunConfig, *, world_size: int, stage: int = 0, shard: int = 0) -> dict[str, int]:
+    """Bytes that a rank has of weights, gradients and optimizer state, exactly.
+
+    FSDP2 gives each of its ranks as many rows of a parameter, the last ones fewer or none, but all the room for the
+    same, in the weights and in the gradients as they arrive; AdamW has two moments of the rank's own rows (`shard` is
+    its place among those that share the parameters; the first has the most) and counts the steps of each parameter by
+    itself. All is fp32. fairscale's flat shards are a few elements longer or shorter than this.
+    """
+    mesh = layout(config.parallel, world_size)
+    with_room = own = count = 0
+    for rows, width, times in _shapes_of(config, stage=stage, stages=mesh.pp, tp=mesh.tp):
+        each = math.ceil(rows / mesh.shards)
+        with_room += times * each * width
+        own += times * min(each, max(0, rows - shard * each)) * width
+        count += times
+    return {"weights": 4 * with_room, "gradients": 4 * with_room, "optimizer state": 8 * own + 4 * count}
+
+
+def _shapes_of(config: RunConfig, *, stage: int, stages: int, tp: int) -> Iterator[tuple[int, int, int]]:
+    """Rows and row length of each parameter of a stage, as a rank of `tp` has it, and how many are alike."""
+    model = config.model
+    layers, last = len(stage_layers(model.n_layers, stages)[stage]), stage == stages - 1
+    for name, shape in block_shapes(model).items():
+        by_columns = name.split(".")[-2] in ("wo", "w2")
+        if len(shape) == 1:
+            yield shape[0], 1, layers
+        elif by_columns:
+            yield shape[0], shape[1] // tp, layers
+        else:
+            yield shape[0] // tp, shape[1], layers
+    ends = 1 if model.tied_embeddings else (stage == 0) + last
+    yield model.vocab_size // tp, model.dim, ends
+    yield model.dim, 1, int(last)
+
+
 class _Stage:
     """A device of one pipeline stage: the layers it has, either end, and its share of tokens and weights."""
 
@@ -118,7 +168,7 @@ class _Stage:
         at_head = self.in_flight if self.last else 0
         norm = _norm_bytes(self.model, bytes_per_element=self.e, compiled=self._compiled, tp=self.mesh.tp)
         return {
-            "weights, gradients, moments": STATE_BYTES * self.weights / self.mesh.shards,
+            STATE: STATE_BYTES * self.weights / self.mesh.shards,
             "weights in use": self._weights_in_use(),
             "gradients kept back": self._gradients_kept_back(),
             "last gradient on its way": self._last_reduction(),

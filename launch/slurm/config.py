@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from llamatrain.cli import config_directory
 from llamatrain.config import RunConfig, validate
+from llamatrain.config.cluster import ClusterConfig, check_hardware
 from llamatrain.errors import ConfigError
 
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -24,39 +25,6 @@ OWN_OPTIONS = {  # of sbatch, that would undo what train.sbatch and the launcher
     "--array": "every job of a run would work in the same directory",
     "--wrap": "what is submitted is train.sbatch",
 }
-
-
-@dataclass
-class ClusterConfig:
-    """A file of conf/cluster. None: nothing is asked for, and SLURM or NCCL decides."""
-
-    name: str | None = None
-    accelerator: str | None = None  # as torch.cuda.get_device_name() says
-    gpus_per_node: int = 0
-    processes_per_node: int | None = None  # None: one per GPU
-    gpu_option: str | None = "--gpus-per-node={}"  # how sbatch is asked for GPUs, {} their number
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
-    time: str | None = None
-    cpus_per_task: int | None = None
-    mem: str | None = None
-    exclusive: bool = True
-    signal_before_limit_s: int = 300
-    sbatch: list[str] = field(default_factory=list)  # further options
-    network_interface: str | None = None  # between the hosts, for NCCL and gloo
-    env: dict[str, str | None] = field(default_factory=dict)  # exported on every node, as they stand here
-    setup: list[str] = field(default_factory=list)  # lines of bash, for the batch shell and every node
-    python: str | None = None  # None: the interpreter that runs launch.slurm
-    container_image: str | None = None
-    container_mounts: list[str] = field(default_factory=list)
-    container_python: str = "python3"
-
-    @property
-    def processes(self) -> int:
-        """Of each node."""
-        return max(1, self.gpus_per_node) if self.processes_per_node is None else self.processes_per_node
 
 
 @dataclass
@@ -95,6 +63,7 @@ def check_launch(config: LaunchConfig) -> None:
 
 def check_cluster(cluster: ClusterConfig) -> None:
     """Raises ConfigError."""
+    check_hardware(cluster.hardware)
     for name, least in (("gpus_per_node", 0), ("processes_per_node", 1), ("cpus_per_task", 1)):
         value = getattr(cluster, name)
         if value is not None and value < least:

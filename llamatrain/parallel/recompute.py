@@ -30,13 +30,12 @@ from llamatrain.config import ParallelConfig, RunConfig
 from llamatrain.config.parallel import LINEARS, RECOMPUTE, layout
 from llamatrain.device import memory_total_gib
 from llamatrain.errors import ConfigError
-from llamatrain.memory import training_memory
+from llamatrain.memory import USABLE, training_memory
 from llamatrain.model.block_backward import own_backward
 from llamatrain.model.llama import Block, Llama
 
 log = logging.getLogger("llamatrain")
 
-USABLE = 0.9  # of a device's memory; the rest is CUDA's context, NCCL's buffers, and gaps between allocations
 MATRIX_PRODUCTS = {f"aten::{name}" for name in ("mm", "addmm", "bmm", "matmul", "linear")}
 
 
