@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.engine.ledger import entry_path, gaps, read_entry, total
-from data_tools.engine.plan import Plan, Stage, read_plan
+from data_tools.engine.ledger import entry_path, gaps, read_entry, told_drops, total
+from data_tools.engine.plan import SHARDS_DIRECTORY, Plan, Stage, read_plan
 from llamatrain.cli import run_command
 from llamatrain.errors import ConfigError, DataError, LlamatrainError
 from llamatrain.files import sha256_of_file
@@ -30,6 +30,7 @@ class AuditSettings:
     hashes: bool = True  # read every output again and compare its hash; false: sizes only
     inputs: bool = False  # the same for the raw input files
     allow_failed: bool = False  # whether input files that could not be read to their end may be
+    min_documents: int = 0  # that must have been kept at the end
 
 
 class AuditFailed(LlamatrainError):
@@ -42,8 +43,11 @@ def audit(settings: AuditSettings) -> None:
         raise ConfigError("output is not set: output=DIRECTORY")
     plan = read_plan(Path(settings.output))
     entries = {stage.name: dict(_entries(plan, stage)) for stage in plan.stages}
-    wrong = list(problems(plan, entries, settings))
+    wrong = [*problems(plan, entries, settings), *_too_few(plan, entries, settings.min_documents)]
     print_chain(plan, entries)
+    if settings.allow_failed:
+        for unit, what in _failed(entries["clean"]):
+            print(f"clean/{unit}: accepted, though not read to its end: {what}")
     if wrong:
         more = f"\nand {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         raise AuditFailed(f"{plan.output}: {len(wrong)} found wrong\n" + "\n".join(wrong[:SHOWN]) + more)
@@ -73,15 +77,41 @@ def problems(plan: Plan, entries: Mapping[str, Mapping[str, Entry]], settings: A
             versions.add(entry["version"])
             if entry["config_sha256"] != unit.config_sha256:
                 yield f"{where}: made with other settings or inputs than the plan's; run prepare again"
-            yield from (f"{where}: does not add up: {gap}" for gap in gaps(entry))
-            if not settings.allow_failed:
-                yield from (f"{where}: could not be read: {file['name']}: {file['error']}" for file in entry["failed"])
+            again = f"remove {entry_path(plan.output, stage.name, unit.id)} and run prepare again"
+            yield from (f"{where}: does not add up: {gap}; {again}" for gap in gaps(entry))
         yield from _strangers(plan, stage)
+    if not settings.allow_failed:
+        for name, what in _failed(entries["clean"]):
+            yield (
+                f"clean/{name}: could not be read: {what}; get the file anew, remove "
+                f"{entry_path(plan.output, 'clean', name)} and run prepare again (with overwrite=true if the file's "
+                "size is another now), or accept what was whole in it: allow_failed=true"
+            )
     yield from _input_files(plan, entries["clean"])
     yield from _chain(plan, entries)
     yield from _files(plan, entries, settings)
     if len(versions) > 1:
         yield f"units were made by versions {', '.join(sorted(versions))} of llamatrain; make them by one"
+
+
+def _failed(cleaned: Mapping[str, Entry]) -> Iterator[tuple[str, str]]:
+    """Units, and which input file of theirs could not be read to its end and why."""
+    for unit, entry in cleaned.items():
+        for file in entry["failed"]:
+            yield unit, f"{file['name']}: {file['error'].removeprefix(file['name'] + ': ')}"
+
+
+def _too_few(plan: Plan, entries: Mapping[str, Mapping[str, Entry]], least: int) -> Iterator[str]:
+    """What became of the documents, by stage, where fewer than so many were kept."""
+    stages = [stage for stage in plan.stages if stage.writes_documents and entries[stage.name]]
+    added = {stage.name: total(entries[stage.name].values()) for stage in stages}
+    kept = added[stages[-1].name]["kept"]["documents"] if stages else 0
+    if kept < least:
+        told = "; ".join(f"{name}: {told_drops(of)}" for name, of in added.items() if of["dropped"])
+        yield (
+            f"source {plan.settings.name}: {kept:,} documents kept, and min_documents={least} ({told or 'none read'}): "
+            "look at its input and settings, or leave it out"
+        )
 
 
 def _strangers(plan: Plan, stage: Stage) -> Iterator[str]:
@@ -148,15 +178,24 @@ def _files(plan: Plan, entries: Mapping[str, Mapping[str, Entry]], settings: Aud
         paths = {file.name: file.path for file in plan.files}
         checks += [(paths[file["name"]], file) for entry in entries["clean"].values() for file in entry["inputs"]]
 
+    def again(number: int) -> str:
+        path, _ = checks[number]
+        if number >= outputs:
+            return "it has changed since it was read: put the old file back, or prepare into another output"
+        if path.parent.name == SHARDS_DIRECTORY:
+            return f"remove {path.parent} and run prepare again to make it anew"
+        return f"remove {path} and run prepare again to make it anew"
+
     def problem(number: int) -> str | None:
         path, file = checks[number]
         try:
             if path.stat().st_size != file["bytes"]:
-                return f"{file['name']}: has {path.stat().st_size:,} bytes, and the ledger says {file['bytes']:,}"
+                sizes = f"has {path.stat().st_size:,} bytes, and the ledger says {file['bytes']:,}"
+                return f"{file['name']}: {sizes}; {again(number)}"
             if (settings.hashes or number >= outputs) and sha256_of_file(path) != file["sha256"]:
-                return f"{file['name']}: its content is not what the ledger says"
+                return f"{file['name']}: its content is not what the ledger says; {again(number)}"
         except OSError as error:
-            return f"{file['name']}: cannot be read ({error.strerror})"
+            return f"{file['name']}: cannot be read ({error.strerror}); {again(number)}"
         return None
 
     with ThreadPoolExecutor() as pool:  # hashing is done without Python's lock
@@ -164,6 +203,7 @@ def _files(plan: Plan, entries: Mapping[str, Mapping[str, Entry]], settings: Aud
 
 
 def print_chain(plan: Plan, entries: Mapping[str, Mapping[str, Entry]]) -> None:
+    """Documents and bytes; into `clean` goes what the reader handed on, after its own cleaning."""
     print(f"{'stage':<10}{'units':>14}{'documents in':>16}{'kept':>16}{'dropped':>16}{'bytes in':>20}{'kept':>20}")
     for stage in plan.stages:
         added = total(entries[stage.name].values())
@@ -178,6 +218,7 @@ def print_chain(plan: Plan, entries: Mapping[str, Mapping[str, Entry]]) -> None:
             line += f"{facts['read']:>16,}{facts['kept']:>16,}{facts['read'] - facts['kept']:>16,}"
             line += f"  {facts['tokens_train'] + facts['tokens_validation']:,} tokens"
         print(line)
+    print("clean: bytes in are of texts after the reader's own cleaning, and of what it dropped as it lay in the input")
 
 
 def main() -> None:

@@ -207,6 +207,24 @@ def decimal(number: float, unit: str = "") -> str:
     return f"{number:.0f} {unit}".rstrip()
 
 
+def epochs_shown(epochs: float) -> str:
+    """With two digits, or a decimal prefix where that would be too long for its column."""
+    return f"{epochs:.2f}" if epochs < 9999.995 else decimal(epochs)
+
+
+def rescaling(rows: list[Row]) -> list[str]:
+    """In words, where the weights do not add up to 100: what was asked for as a percent becomes another."""
+    whole = sum(row.weight for row in rows)
+    if abs(whole - 100) < 0.005:
+        return []
+    there = {group_of(row.name) for row in rows}
+    missing = [name for name in PAPER_PERCENT if name not in there]
+    because = f"not there: {', '.join(missing)}; " if missing else ""
+    return [
+        f"Weights: {because}they add up to {whole:.6g} %, so each share is its weight divided by {whole / 100:.4g}."
+    ]
+
+
 def describe(rows: list[Row], train_tokens: int) -> list[str]:
     """The table's lines."""
     width = max(len("Dataset"), *(len(row.name) for row in rows))
@@ -214,15 +232,15 @@ def describe(rows: list[Row], train_tokens: int) -> list[str]:
     lines = [f"{head} {'Tokens':>10} {'Bytes/token':>12} {'Byte tokens':>12} {'Shards':>10}"]
     for row in rows:
         sizes = f"{decimal(row.text_bytes, 'B'):>10} {decimal(row.tokens):>10} {row.bytes_per_token:>12.2f}"
-        epochs = f"{row.share:>15.2%} {row.epochs:>8.2f}"
+        epochs = f"{row.share:>15.2%} {epochs_shown(row.epochs):>8}"
         fallback = "–" if row.byte_share is None else f"{row.byte_share:.2%}"
         lines.append(f"{row.name:<{width}} {epochs} {sizes} {fallback:>12} {decimal(row.shard_bytes, 'B'):>10}")
     text, tokens = sum(row.text_bytes for row in rows), sum(row.tokens for row in rows)
     shards = decimal(sum(row.shard_bytes for row in rows), "B")
     total = f"{decimal(text, 'B'):>10} {decimal(tokens):>10} {text / tokens:>12.2f} {'':>12} {shards:>10}"
-    lines.append(f"{'all':<{width}} {1:>15.2%} {train_tokens / tokens:>8.2f} {total}")
+    lines.append(f"{'all':<{width}} {1:>15.2%} {epochs_shown(train_tokens / tokens):>8} {total}")
     note = "Disk size: of the text, as in the paper; byte tokens: but for line feeds."
-    return [*lines, f"Epochs at {train_tokens:,} tokens of training. {note}"]
+    return [*lines, *rescaling(rows), f"Epochs at {train_tokens:,} tokens of training. {note}"]
 
 
 def mixture_yaml(rows: list[Row], train_tokens: int) -> str:

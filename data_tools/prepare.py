@@ -16,17 +16,20 @@ python -m data_tools.audit output=DIRECTORY re-adds it.
 
 import os
 import shutil
+import sys
 
 from data_tools.engine import slurm
-from data_tools.engine.components import filter_of
+from data_tools.engine.checks import check_ahead, check_used
 from data_tools.engine.executors import at_work, check_complete, remove_left_overs, run_stages
-from data_tools.engine.ledger import LEDGER, TIMINGS, read_stage, total
+from data_tools.engine.inputs import DIRECTORIES
+from data_tools.engine.ledger import LEDGER, TIMINGS, read_stage, told_drops, total
 from data_tools.engine.plan import Plan, make_plan, write_plan
 from data_tools.engine.settings import PrepareSettings, check_settings, part_of
-from data_tools.engine.stages import pending, tokenize_settings
-from llamatrain.errors import ConfigError, DataError
+from data_tools.engine.stages import pending
+from llamatrain.errors import DataError
 
 CONFIG = "data_tools/prepare/prepare"
+CARDS = ("data_card.md", "data_card.html")  # of data_tools.data_card
 
 
 def prepare(settings: PrepareSettings) -> None:
@@ -35,7 +38,7 @@ def prepare(settings: PrepareSettings) -> None:
     plan = make_plan(settings)
     part = part_of(settings)
     stages = [plan.stage(settings.stage)] if settings.stage else list(plan.stages)
-    _check_late_stages(plan)
+    check_ahead(plan)
     if settings.dry_run:
         print_plan(plan)
         return
@@ -58,19 +61,6 @@ def prepare(settings: PrepareSettings) -> None:
         raise DataError(f"{plan.output}: cannot be written ({error.strerror or error})") from None
 
 
-def _check_late_stages(plan: Plan) -> None:
-    """What would else be found wrong after hours: models that do not load, settings of the tokens."""
-    settings = plan.settings
-    if settings.stage is None:
-        for name in {*settings.before, *settings.after}:
-            try:
-                filter_of(name, settings.filters.get(name) or {}).make()
-            except ConfigError as error:
-                raise ConfigError(f"filters.{name}: {error}; or leave {name} out of before=[…] and after=[…]") from None
-    if settings.tokenizer is not None:
-        tokenize_settings(plan, workers=1, overwrite=False)
-
-
 def _forget_changed(plan: Plan) -> None:
     """Remove entries and outputs that this plan does not know, or makes otherwise."""
     known = {stage.name: stage for stage in plan.stages}
@@ -89,11 +79,14 @@ def _forget_changed(plan: Plan) -> None:
             if path.name.partition(".")[0] not in units and stage.name != "near":
                 path.unlink()
     _remove_unknown_directories(plan)
+    for name in CARDS:  # they would tell of what was there
+        if any(pending(plan, stage) for stage in plan.stages) and (plan.output / name).exists():
+            (plan.output / name).unlink()
+            print(f"{plan.output / name}: removed, as it would be out of date; make it again with data_tools.data_card")
 
 
 def _remove_unknown_directories(plan: Plan) -> None:
-    ours = {"clean", "hash", "mark", "filter", "sketch", "near", "select", "documents", "shards"}
-    for name in ours - {stage.directory for stage in plan.stages}:
+    for name in DIRECTORIES - {stage.directory for stage in plan.stages}:
         shutil.rmtree(plan.output / name, ignore_errors=True)
 
 
@@ -108,7 +101,8 @@ def print_plan(plan: Plan) -> None:
 def print_summary(plan: Plan) -> None:
     failed = 0
     for stage in plan.stages:
-        added = total(read_stage(plan.output, stage.name))
+        entries = read_stage(plan.output, stage.name)
+        added = total(entries)
         if not stage.writes_documents or not added["units"]:
             continue
         failed += len(added["failed"])
@@ -118,14 +112,23 @@ def print_summary(plan: Plan) -> None:
             print(f"    dropped {reason:<28}{counts['documents']:>14,} documents {counts['bytes']:>18,} bytes")
         for where, counts in added["cut"].items():
             print(f"    cut by {where:<29}{counts['documents']:>14,} documents {counts['bytes']:>18,} bytes")
+        empty = sum(not entry["kept"]["documents"] for entry in entries)
+        if not kept["documents"] and (came["documents"] or stage.documents_of is None):
+            print(f"WARNING: {plan.output}: {stage.name} kept nothing: {told_drops(added)}", file=sys.stderr)
+        elif empty:
+            print(f"    {empty} of {len(entries)} units kept nothing")
     if failed:
         print(f"{failed} input files could not be read to the end: python -m data_tools.audit output={plan.output}")
 
 
 def main() -> None:
-    from llamatrain.cli import run_command  # here: every process of the pool imports this module, and needs no Hydra
+    from llamatrain.cli import given_overrides, run_command  # here: every process of the pool imports this module
 
-    run_command(PrepareSettings, CONFIG, prepare, help_text=__doc__)
+    def checked(settings: PrepareSettings) -> None:
+        check_used(settings, given_overrides())
+        prepare(settings)
+
+    run_command(PrepareSettings, CONFIG, checked, help_text=__doc__)
 
 
 if __name__ == "__main__":

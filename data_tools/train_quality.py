@@ -260,7 +260,9 @@ def _train(
     if is_held_out.sum() < FEWEST or size - is_held_out.sum() < FEWEST:
         raise DataError(
             f"{size} documents of each class are too few: at least {FEWEST} to train on and {FEWEST} held out are "
-            f"needed, of min_characters={settings.min_characters} or more"
+            f"needed, of min_characters={settings.min_characters} or more, and held_out_fraction="
+            f"{settings.held_out_fraction:g} holds {is_held_out.sum()} out: give more documents"
+            + (", or a larger held_out_fraction" if size >= 2 * FEWEST else "")
         )
     temporary = model.with_name(f".{model.name}.{os.getpid()}.tmp")
     examples = temporary.with_suffix(".txt")

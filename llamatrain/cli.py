@@ -11,7 +11,6 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +25,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
-from llamatrain.config.build import build, text_keys
+from llamatrain.config.build import build, plain, text_keys
 from llamatrain.errors import ConfigError, LlamatrainError
 from llamatrain.process import speaks_for_its_node, write_error_file
 
@@ -42,7 +41,6 @@ QUIET = [
     "hydra.sweep.dir=runs/multirun",
     "hydra/job_logging=none",
     "hydra/hydra_logging=none",
-    "hydra/help=llamatrain",
 ]
 
 # Hydra's own script completes `python file.py`, not `python -m module`.
@@ -62,8 +60,8 @@ complete -o nospace -o default -o bashdefault -F _llamatrain_complete python pyt
 def run_command(schema: type[T], config_name: str, function: Callable[[T], None], *, help_text: str | None) -> None:
     """Compose conf/<config_name>.yaml with the command line into `schema`, call `function`, exit with its status.
 
-    The groups to choose from are the folders beside that file; without any, --help shows the file itself below
-    `help_text`. A LlamatrainError is printed as one line (with the
+    The groups to choose from are the folders beside that file; --help shows `help_text` and what `help_page` adds to
+    it. A LlamatrainError is printed as one line (with the
     traceback if LLAMATRAIN_TRACEBACK=1) and sets the exit code; any other exception is a defect and shows its
     traceback. Under --multirun each job gets a run directory of its own, named by what the sweep changes.
     """
@@ -71,9 +69,10 @@ def run_command(schema: type[T], config_name: str, function: Callable[[T], None]
     if sys.argv[1:] in (["-sc", "install=bash"], ["--shell-completion", "install=bash"]):
         print(BASH_COMPLETION)
         return
-    store = ConfigStore.instance()
-    store.store(name="defaults", node=OmegaConf.create(asdict(schema())))  # type: ignore[call-overload]
-    store.store(group="hydra/help", name="llamatrain", node=_help(config_name, help_text or ""))
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(help_page(config_name, help_text or "", sys.argv[1:]))
+        return
+    ConfigStore.instance().store(name="defaults", node=OmegaConf.create(plain(schema())))
     directory = (config_directory() / config_name).parent
     groups = {path.name for path in directory.iterdir() if path.is_dir()}
     sys.argv[1:] = command_line(sys.argv[1:], groups=groups, texts=text_keys(schema))
@@ -110,7 +109,7 @@ def run_command(schema: type[T], config_name: str, function: Callable[[T], None]
     try:
         hydra.main(version_base="1.3", config_path=str(directory), config_name=Path(config_name).name)(job)()
     except MissingConfigException as error:
-        _fail(_missing_option(error), ConfigError.exit_code)
+        _fail(_missing_option(error, directory), ConfigError.exit_code)
     except OverrideParseException as error:
         override = (error.override or "").lstrip("+")
         _fail(f"{override}: cannot be understood; write it as key=value", ConfigError.exit_code)
@@ -118,7 +117,7 @@ def run_command(schema: type[T], config_name: str, function: Callable[[T], None]
         _fail(f"a configuration file is no YAML: {' '.join(str(error).split())}", ConfigError.exit_code)
     except (HydraException, OmegaConfBaseException) as error:
         causes = dict.fromkeys(str(e).splitlines()[0] for e in (error, error.__cause__) if e is not None)
-        _fail(": ".join(causes), ConfigError.exit_code)
+        _fail(_unset_group(error, directory) or ": ".join(causes), ConfigError.exit_code)
 
 
 def config_directory() -> Path:
@@ -156,6 +155,11 @@ def command_line(arguments: list[str], *, groups: set[str], texts: set[str]) -> 
     return [*flags, *QUIET, *overrides]
 
 
+def given_overrides() -> list[str]:
+    """While a command runs: what of its settings was given on the command line, as KEY=VALUE."""
+    return [override.lstrip("+") for override in HydraConfig.get().overrides.task]
+
+
 def is_sweep(argument: str) -> bool:
     """Whether an argument is an override with several values to try."""
     if "=" not in argument or argument.startswith("-") or not _is_understood(argument):
@@ -188,19 +192,42 @@ def plain_values(composed: DictConfig, swept: set[str]) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def _help(config_name: str, text: str) -> dict[str, str]:
-    settings = (config_directory() / f"{config_name}.yaml").read_text(encoding="utf-8")
+def help_page(config_name: str, text: str, arguments: list[str]) -> str:
+    """What --help shows: `text`, then the command's YAML where there is nothing to compose it of.
+
+    Where a group must be chosen from (`source: ???`), its choices with the comments they begin with; if one is among
+    the arguments, that file and the command's.
+    """
+    file = config_directory() / f"{config_name}.yaml"
+    settings = file.read_text(encoding="utf-8")
+    parts = [text.strip()]
     if "defaults:" not in settings:
-        text = f"{text.strip()}\n\n{settings}"
-    return {
-        "app_name": f"llamatrain {config_name}",
-        "header": "",
-        "footer": "",
-        "template": text.strip().replace("$", "$$") + "\n",
-    }
+        parts.append(settings.strip())
+    given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    for group in re.findall(r"^  - (\w+): \?\?\?$", settings, re.MULTILINE):
+        choices = _choices(file.parent / group)
+        if (chosen := given.get(group)) in choices:
+            content = (file.parent / group / f"{chosen}.yaml").read_text(encoding="utf-8").strip()
+            own = re.sub(r"^defaults:\n(?:  .*\n)+\n?", "", settings, flags=re.MULTILINE).strip()
+            parts += [f"{group}={chosen}:", content.removeprefix("# @package _global_\n"), "With any choice:", own]
+        else:
+            width = max(map(len, choices), default=0)
+            listed = "\n".join(f"  {name:<{width}}  {line}" for name, line in choices.items())
+            parts.append(f"{group}=NAME, one of these; `{group}=NAME --help` shows its settings:\n\n{listed}")
+    return "\n\n".join(parts)
 
 
-def _missing_option(error: MissingConfigException) -> str:
+def _choices(folder: Path) -> dict[str, str]:
+    """The files of a group, and what the comment that each begins with says first."""
+    found = {}
+    for path in sorted(folder.glob("*.yaml")):
+        comment = re.match(r"(?:# @.*\n)?((?:#.*\n)*)", path.read_text(encoding="utf-8"))
+        said = " ".join(line.removeprefix("#").strip() for line in comment[1].splitlines()) if comment else ""
+        found[path.stem] = re.split(r"(?<=\.)\s|;\s", said)[0]
+    return found
+
+
+def _missing_option(error: MissingConfigException, directory: Path) -> str:
     wanted = (error.missing_cfg_file or "").replace("\\", "/")
     group, _, option = wanted.rpartition("/")
     options = error.options or []
@@ -208,7 +235,16 @@ def _missing_option(error: MissingConfigException) -> str:
         return str(error).splitlines()[0]
     nearest = difflib.get_close_matches(option.lower(), options, n=1)
     hint = f"did you mean {group}={nearest[0]}? " if nearest else ""
-    return f"{group}={option}: there is no such choice; {hint}conf/{group} has {', '.join(options)}"
+    folder = (Path("conf") / directory.relative_to(config_directory()) / group).as_posix()
+    return f"{group}={option}: there is no such choice; {hint}{folder} has {', '.join(options)}"
+
+
+def _unset_group(error: Exception, directory: Path) -> str | None:
+    """In words, if the error is that a group has to be chosen from."""
+    found = re.match(r"You must specify '(\w+)'", str(error))
+    if found is None:
+        return None
+    return f"{found[1]} is not set: {found[1]}=NAME, one of {', '.join(_choices(directory / found[1]))}; see --help"
 
 
 def _fail(message: str, exit_code: int) -> None:

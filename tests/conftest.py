@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from data_tools.tokenize_shards import TokenizeShardsSettings, tokenize_shards
 from data_tools.train_tokenizer import TrainTokenizerSettings, train_tokenizer
@@ -19,6 +20,10 @@ from tests.drills.plugin import (  # noqa: F401 - what --drills does
 )
 
 TINY_VOCAB = 512
+
+# How long an example takes says nothing of the code where others use the machine too.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,8 @@ class Card:
     stages: list[StageCard]
     manifest: Manifest | None  # of its shards
     made_by: list[str]  # versions and hashes, for the record
+    settings: list[tuple[str, str, str]]  # stage, key, value: all that decides what a stage makes
+    files: list[tuple[str, int]]  # input files and their bytes
 
     @property
     def document_stages(self) -> list[StageCard]:
@@ -70,7 +73,11 @@ class Card:
 
     @property
     def failed(self) -> list[tuple[str, dict[str, str]]]:
-        return [(stage.name, file) for stage in self.stages for file in stage.total["failed"]]
+        return [
+            (stage.name, {**file, "error": file["error"].removeprefix(f"{file['name']}: ")})
+            for stage in self.stages
+            for file in stage.total["failed"]
+        ]
 
     @property
     def problems(self) -> list[str]:
@@ -97,8 +104,15 @@ def read_card(output: Path) -> Card:
         raise DataError(f"{output}: no document has gone through yet; run python -m data_tools.prepare first")
     manifests = [path.parent for depth in ("", "*/") for path in sorted(output.glob(depth + MANIFEST_FILE))]
     everything = [entry for of_stage in entries.values() for entry in of_stage]
-    name = _read(output / RUN_FILE).get("settings", {}).get("name") or output.resolve().name
-    return Card(str(name), stages, read_manifest(manifests[0]) if manifests else None, _made_by(everything))
+    run = _read(output / RUN_FILE)
+    return Card(
+        name=str(run.get("settings", {}).get("name") or output.resolve().name),
+        stages=stages,
+        manifest=read_manifest(manifests[0]) if manifests else None,
+        made_by=_made_by(everything),
+        settings=[(stage, *row) for stage, config in run.get("configs", {}).items() for row in _flat(config)],
+        files=[(str(name), int(size)) for name, size, *_ in run.get("files", [])],
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -109,6 +123,20 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({error}); run prepare again") from None
     return content if isinstance(content, dict) else {}
+
+
+def _flat(config: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Settings with dots in their names; the filters, pairs of a name and settings, in their order."""
+    if isinstance(config, dict) and config.keys() == {"content"}:  # a file, in the place of its path
+        yield key, ", ".join(str(name) for name, _ in config["content"])
+    elif isinstance(config, dict):
+        for name, value in config.items():
+            yield from _flat(value, f"{key}.{name}" if key else name)
+    elif key == "filters":
+        for name, values in config:
+            yield from _flat(values, f"{name}") if values else [(str(name), "")]
+    else:
+        yield key, config if isinstance(config, str) else json.dumps(config, ensure_ascii=False)
 
 
 def _stage(output: Path, name: str, entries: list[dict[str, Any]]) -> StageCard:

@@ -7,7 +7,18 @@ from typing import Any
 from data_tools.card.charts import Bar, Column
 from data_tools.card.content import Card, StageCard, language_bars, length_histogram, score_histograms
 from data_tools.card.html import shown
-from data_tools.card.rows import cut_rows, drop_rows, fact_rows, percent, sample_heading, stage_rows, tiles
+from data_tools.card.rows import (
+    READERS_CUTS,
+    cut_rows,
+    drop_rows,
+    fact_rows,
+    file_rows,
+    files_told,
+    percent,
+    sample_heading,
+    stage_rows,
+    tiles,
+)
 from data_tools.mix import decimal
 
 BAR_CHARACTERS = 30
@@ -40,12 +51,26 @@ def render(card: Card) -> str:
     lines += table(head, rows)
     lines += ["## Why documents were dropped", "", *_drops(card), "## What was cut out of documents", ""]
     cuts = cut_rows(card)
-    lines += table(("Stage", "By", "Documents", "Lines", "Text"), cuts) if cuts else ["Nothing was.", ""]
+    lines += (
+        table(("Stage", "By", "Documents", "Lines", "Text"), cuts)
+        if cuts
+        else ["Nothing, by filters and deduplication.", ""]
+    )
+    lines += [READERS_CUTS, ""]
     for stage in card.document_stages:
         lines += _distributions(stage)
     if facts := fact_rows(card):
         lines += ["## Numbers of the stages", "", *table(("Stage", "What", "Value"), facts)]
-    return "\n".join([*lines, *_samples(card)]) + "\n"
+    return "\n".join([*lines, *_made_from(card), *_samples(card)]) + "\n"
+
+
+def _made_from(card: Card) -> list[str]:
+    lines = []
+    if card.files:
+        lines += ["## Input", "", text(files_told(card)) + ".", "", *table(("File", "Size"), file_rows(card))]
+    if card.settings:
+        lines += ["## Settings", "", *table(("Stage", "Setting", "Value"), card.settings)]
+    return lines
 
 
 def _state(card: Card) -> list[str]:

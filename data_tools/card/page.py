@@ -6,11 +6,22 @@ from typing import Any
 from data_tools.card.charts import Bar, bars, columns, legend
 from data_tools.card.content import Card, StageCard, language_bars, length_histogram, score_histograms
 from data_tools.card.html import Html, element
-from data_tools.card.rows import cut_rows, drop_rows, fact_rows, percent, sample_heading, stage_rows, tiles
+from data_tools.card.rows import (
+    READERS_CUTS,
+    cut_rows,
+    drop_rows,
+    fact_rows,
+    file_rows,
+    files_told,
+    percent,
+    sample_heading,
+    stage_rows,
+    tiles,
+)
 from data_tools.mix import decimal
 
 REASONS_SHOWN = 40
-COLUMNS_OF_TEXT = ("File", "Stage", "Reason", "By", "What", "What happened")
+COLUMNS_OF_TEXT = ("File", "Stage", "Reason", "By", "What", "What happened", "Setting", "Value")
 SERIES = ("kept", "cut", "dropped")
 # What a page may load or run: nothing, if ever something should slip through the escaping.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -53,6 +64,7 @@ def render(card: Card) -> str:
         *_cuts(card),
         *(part for stage in card.document_stages for part in _distributions(stage)),
         *_facts(card),
+        *_made_from(card),
         *_samples(card),
     ]
     head = [
@@ -140,7 +152,8 @@ def _cuts(card: Card) -> list[Html]:
     if rows:
         parts.append(table(("Stage", "By", "Documents", "Lines", "Text"), rows))
     else:
-        parts.append(element("p", "Nothing was."))
+        parts.append(element("p", "Nothing, by filters and deduplication."))
+    parts.append(element("p", READERS_CUTS, class_="soft"))
     return [*parts, _folded("What filters counted", table(("Stage", "What", "Count"), counted))] if counted else parts
 
 
@@ -157,6 +170,16 @@ def _distributions(stage: StageCard) -> list[Html]:
 def _facts(card: Card) -> list[Html]:
     rows = fact_rows(card)
     return [element("h2", "Numbers of the stages"), table(("Stage", "What", "Value"), rows)] if rows else []
+
+
+def _made_from(card: Card) -> list[Html]:
+    parts = []
+    if card.files:
+        parts += [element("h2", "Input"), _folded(files_told(card), table(("File", "Size"), file_rows(card)))]
+    if card.settings:
+        parts.append(element("h2", "Settings"))
+        parts.append(_folded("All that decides the result", table(("Stage", "Setting", "Value"), card.settings)))
+    return parts
 
 
 def _samples(card: Card) -> list[Html]:

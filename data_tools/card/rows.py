@@ -5,6 +5,12 @@ from typing import Any
 from data_tools.card.content import WHAT, Card
 from data_tools.mix import decimal
 
+FILES_SHOWN = 50
+READERS_CUTS = (
+    "What a reader takes out of a document itself, markup and headers for instance, is not in these numbers: the first "
+    "stage begins with the text that the reader hands on."
+)
+
 
 def percent(part: float, whole: float) -> str:
     return f"{part / whole:.2%}" if whole else "–"
@@ -65,6 +71,16 @@ def cut_rows(card: Card) -> list[list[str]]:
 def fact_rows(card: Card) -> list[list[str]]:
     found = [(stage.name, key, value) for stage in card.stages for key, value in stage.total["facts"].items()]
     return [[stage, key, f"{value:,}" if isinstance(value, int | float) else str(value)] for stage, key, value in found]
+
+
+def file_rows(card: Card) -> list[list[str]]:
+    """The first input files."""
+    rows = [[name, decimal(size, "B")] for name, size in card.files[:FILES_SHOWN]]
+    return rows if len(card.files) <= FILES_SHOWN else [*rows, [f"and {len(card.files) - FILES_SHOWN:,} more", ""]]
+
+
+def files_told(card: Card) -> str:
+    return f"{len(card.files):,} input files, {decimal(sum(size for _, size in card.files), 'B')}"
 
 
 def sample_heading(entry: dict[str, Any]) -> str:

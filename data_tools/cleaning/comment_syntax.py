@@ -86,4 +86,6 @@ def extension_of(path: str) -> str:
 def syntax_of(path: str) -> Syntax | None:
     """None for files whose comments are not known."""
     name = PurePosixPath(path).name.lower()
+    if re.search(r"\.(?:h|hh|hpp|hxx)\.cmake$", name):  # a header that CMake fills in
+        return _C
     return _BY_NAME.get(name) or _BY_EXTENSION.get(extension_of(path).removeprefix("."))

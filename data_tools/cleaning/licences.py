@@ -220,8 +220,8 @@ def _licence(tokens: list[str], at: int, families: Collection[str]) -> tuple[boo
         return permitted, at + 1
     identifier = (_spdx(tokens[at]) or "").lower()
     family = _FAMILY_OF.get(identifier)
-    if family is None and identifier.startswith(("mit-", "bsd-")):
-        family = identifier[:3]
+    if family is None and identifier.startswith("bsd-"):  # MIT-CMU and the like have other terms than MIT
+        family = "bsd"
     at += 1
     if at < len(tokens) and tokens[at].upper() == "WITH":
         at += 2

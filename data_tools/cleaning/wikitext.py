@@ -43,6 +43,7 @@ from data_tools.cleaning.wikitext_languages import Site, site_of
 
 ENGLISH = site_of("en")
 
+NESTED_GAPS = 3  # brackets around brackets around nothing that are closed up
 HEADING = "\x04"  # at the start of a heading's line, followed by its level
 
 BLOCK_TAGS = "br|p|div|li|ul|ol|dl|dt|dd|tr|td|th|table|caption|hr|center|blockquote|poem|h[1-6]"
@@ -227,22 +228,24 @@ def _without_gaps(text: str) -> str:
     first, *parts = text.split(GONE)
     out = [first]
     for part in parts:
-        left, right = _closed_gap(out[-1], part)
-        out[-1] = left
-        if right:
-            out.append(right)
-        while len(out) > 1 and not out[-1]:
-            out.pop()
+        left, right = _closed_gap(out.pop(), part)
+        while not left and out:  # nothing stood between two that are gone
+            left, right = _closed_gap(out.pop(), right)
+        out += (left, right) if right else (left,)
     return _SPACES.sub(" ", "".join(out))
 
 
 def _closed_gap(left: str, right: str) -> tuple[str, str]:
     """What stands before and after something gone, fitted to each other."""
+    for _ in range(NESTED_GAPS):
+        if left[-1:] not in ("(", " ", ",", ";", ":") or not (opened := left.rstrip(" ,;:")).endswith("("):
+            break
+        right = right.lstrip(" ,;:")
+        if not right.startswith(")"):
+            return opened, right
+        left, right = opened[:-1], right[1:]  # the brackets are gone too
     if not right:
         return left, right
-    if left[-1:] in ("(", " ", ",", ";", ":") and (opened := left.rstrip(" ,;:")).endswith("("):
-        right = right.lstrip(" ,;:")
-        return (opened[:-1], right[1:]) if right.startswith(")") else (opened, right)
     rest = right.lstrip(" ,;")
     if rest.startswith(")"):
         return left.rstrip(" ,;"), rest

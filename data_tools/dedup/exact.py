@@ -25,6 +25,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from data_tools.progress import advance_share
 from llamatrain.errors import DataError
 
 U64 = np.dtype("<u8")
@@ -230,6 +231,7 @@ def mark_partition(
     """
     runs = [(source, run) for source in files for run in source.runs]
     low, high = bounds_of(partition, partitions)
+    width = high - low
     starts = [source.position(run, low) for source, run in runs]
     footer: list[int] = []
     offset, counts = 0, {"distinct_in_runs": 0, "distinct": 0, "kept_in_runs": 0, "ranges": 0}
@@ -253,6 +255,7 @@ def mark_partition(
         counts["distinct"] += distinct
         counts["kept_in_runs"] += int(np.count_nonzero(keep))
         counts["ranges"] += 1
+        advance_share((upper - low) / width)
         low, starts = upper, ends
         todo.pop()
     file.write(b"\0" * (-offset % 8))

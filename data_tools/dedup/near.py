@@ -34,6 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.dedup.shingles import Hashes, sample, shared, shingles, signature
+from data_tools.progress import advance_share
 from data_tools.records import Dropped, Record
 from llamatrain.errors import ConfigError, DataError
 from llamatrain.files import write_json_atomically
@@ -154,6 +155,7 @@ def verify(stems: Sequence[Path], pairs: Pairs, settings: NearSettings) -> list[
     gone: set[int] = set()
     removals: list[Removal] = []
     for longer, shorter in pairs[order].tolist():
+        advance_share(1 / len(pairs))
         if longer in gone or shorter in gone:
             continue
         size = int(books.sizes[shorter])

@@ -9,20 +9,25 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from data_tools.documents import byte_bar
-from data_tools.engine.ledger import LEDGER
+from data_tools.engine.ledger import LEDGER, read_stage
 from data_tools.engine.plan import Plan, Stage, Unit, read_plan
 from data_tools.engine.stages import OWN_PROCESSES, Workplace, pending
 from data_tools.locking import only_writer
+from data_tools.progress import Tell, watched
 from llamatrain.errors import ConfigError, LlamatrainError
 
 SHOWN = 5  # failed units whose errors are printed
+LOOK_EVERY_S = 0.5  # at how far the processes are
+
+Results = Iterator[tuple[Unit, str | None]]
 
 
 class UnitsFailed(LlamatrainError):
@@ -37,16 +42,57 @@ def run_stages(plan: Plan, stages: Sequence[Stage], *, workers: int, part: tuple
     """Make what is missing of these stages, in order. Raises UnitsFailed, ConfigError and DataError."""
     with _Processes(plan, workers) as processes:
         for stage in stages:
-            missing = pending(plan, stage, units_of_part(stage, part))
+            units = units_of_part(stage, part)
+            missing = pending(plan, stage, units)
             if not missing:
                 continue
-            with byte_bar(f"{stage.name} ({len(missing)} of {len(stage.units)} units)", _bytes(missing)) as bar:
-                failed = processes.run(stage, missing, bar.update)
+            failed = _run_stage(plan, processes, stage, missing, of=len(units))
             if failed:
                 raise UnitsFailed(
                     f"{len(failed)} of {len(missing)} units of {stage.name} could not be made; the others are done, "
                     f"and starting again tries these again:\n{_shown(stage, failed)}"
                 )
+
+
+def _run_stage(plan: Plan, processes: "_Processes", stage: Stage, missing: list[Unit], *, of: int) -> dict[str, str]:
+    """Errors by unit, with a bar over the bytes that the units read. It moves within units too."""
+    if stage.name in OWN_PROCESSES:  # and a bar of their own
+        return {unit.id: error for unit, error in processes.run(stage, missing, {}, lambda step: None) if error}
+    sizes = bytes_to_read(plan, stage, missing)
+    failed, done = {}, of - len(missing)
+    with byte_bar(_label(stage, done, of), sum(sizes.values())) as bar:
+        for unit, error in processes.run(stage, missing, sizes, bar.update):
+            done += 1
+            bar.set_description(_label(stage, done, of), refresh=False)
+            if error is not None:
+                failed[unit.id] = error
+    return failed
+
+
+def _label(stage: Stage, done: int, of: int) -> str:
+    return f"{stage.name}, {done} of {of} units done"
+
+
+def bytes_to_read(plan: Plan, stage: Stage, units: Sequence[Unit]) -> dict[str, int]:
+    """What each of the units reads: raw files, or what the stages before have written."""
+    if stage.name == "mark":  # each unit reads its part of all the hashes of its group
+        written = _bytes_written(plan, "hash")
+        sizes = {}
+        for group in {unit.group for unit in units}:
+            hashes = sum(written.get(unit.id, 0) for unit in plan.group("hash", group))
+            sizes[group] = hashes // len(plan.group("mark", group))
+        return {unit.id: sizes[unit.group] for unit in units}
+    if stage.name == "near":
+        return {unit.id: sum(_bytes_written(plan, "sketch").values()) for unit in units}
+    if stage.documents_of is not None:
+        written = _bytes_written(plan, stage.documents_of)
+        return {unit.id: written.get(unit.id, unit.bytes) for unit in units}
+    return {unit.id: unit.bytes for unit in units}
+
+
+def _bytes_written(plan: Plan, stage: str) -> dict[str, int]:
+    entries = read_stage(plan.output, stage)
+    return {entry["unit"]: sum(file["bytes"] for file in entry["outputs"]) for entry in entries}
 
 
 def _shown(stage: Stage, failed: dict[str, str]) -> str:
@@ -71,10 +117,6 @@ def check_complete(plan: Plan, stages: Sequence[Stage]) -> None:
             raise StageIncomplete(f"{stage.name} is not complete: {named} missing; run prepare again to make them")
 
 
-def _bytes(units: Sequence[Unit]) -> int:
-    return sum(unit.bytes for unit in units)
-
-
 @contextmanager
 def at_work(output: Path, *, shared: bool) -> Iterator[None]:
     """Parts of a stage (`shared`) may run side by side, but nothing beside a driver. Raises DataError."""
@@ -96,6 +138,7 @@ class _Processes:
         self.plan, self.workers = plan, workers
         self.here = Workplace(plan, workers=workers)
         self.pool: ProcessPoolExecutor | None = None
+        self.read: Any = ()
 
     def __enter__(self) -> "_Processes":
         return self
@@ -104,29 +147,37 @@ class _Processes:
         if self.pool is not None:
             self.pool.shutdown(wait=True, cancel_futures=True)
 
-    def run(self, stage: Stage, units: list[Unit], advance: Callable[[int], object]) -> dict[str, str]:
-        """Errors by unit. Raises ConfigError, and UnitsFailed when a process dies."""
-        if self.workers == 1 or len(units) == 1 or stage.name in OWN_PROCESSES:
-            results: Iterator[tuple[Unit, str | None]] = ((unit, _errors_of(self.here, stage, unit)) for unit in units)
-        else:
-            results = self._in_pool(stage, units)
-        failed = {}
-        for unit, error in results:
-            if error is not None:
-                failed[unit.id] = error
-            advance(unit.bytes)
-        return failed
+    def run(self, stage: Stage, units: list[Unit], sizes: Mapping[str, int], advance: Tell) -> Results:
+        """Each unit with its error as they are done. Raises ConfigError, and UnitsFailed when a process dies.
 
-    def _in_pool(self, stage: Stage, units: list[Unit]) -> Iterator[tuple[Unit, str | None]]:
+        `advance` is told of the bytes read in between, of each unit as many as `sizes` says.
+        """
+        if self.workers > 1 and len(units) > 1 and stage.name not in OWN_PROCESSES:
+            yield from self._in_pool(stage, units, sizes, advance)
+            return
+        for unit in units:
+            with watched(sizes.get(unit.id, 0), advance):
+                error = _errors_of(self.here, stage, unit)
+            yield unit, error
+
+    def _in_pool(self, stage: Stage, units: list[Unit], sizes: Mapping[str, int], advance: Tell) -> Results:
+        # spawn: a forked child would inherit the locks of the progress bar's thread
+        context = multiprocessing.get_context("spawn")
         if self.pool is None:
-            # spawn: a forked child would inherit the locks of the progress bar's thread
-            context = multiprocessing.get_context("spawn")
-            arguments = (str(self.plan.output),)
+            # Bytes read, a number for each process that it alone writes: no locks, nothing to wait for.
+            self.read = context.RawArray("d", self.workers)
+            arguments = (str(self.plan.output), self.read, context.Value("i", 0))
             self.pool = ProcessPoolExecutor(self.workers, context, initializer=_start_worker, initargs=arguments)
+        told = sum(self.read)
         try:
-            futures = {self.pool.submit(_do_unit, stage.name, unit.id): unit for unit in units}
-            for future in as_completed(futures):
-                yield futures[future], future.result()
+            futures = {self.pool.submit(_do_unit, stage.name, unit.id, sizes[unit.id]): unit for unit in units}
+            running: set[Future[str | None]] = set(futures)
+            while running:
+                done, running = wait(running, timeout=LOOK_EVERY_S, return_when=FIRST_COMPLETED)
+                advance((now := sum(self.read)) - told)
+                told = now
+                for future in done:
+                    yield futures[future], future.result()
         except BrokenProcessPool:
             # units are begun in order: these were at work, or about to be
             left = [unit.id for unit in pending(self.plan, stage, units)]
@@ -146,7 +197,10 @@ def _errors_of(workplace: Workplace, stage: Stage, unit: Unit) -> str | None:
     except LlamatrainError as error:
         return str(error)
     except OSError as error:
-        return f"{type(error).__name__}: {error}"
+        if error.filename is not None:
+            return f"{type(error).__name__}: {error}"
+        # a write that failed does not say where
+        return f"{workplace.output / stage.directory}: {error.strerror or error}: while unit {unit.id} was written"
     except Exception:
         return traceback.format_exc()
     return None
@@ -156,11 +210,16 @@ class _Worker:
     """The state of a process of the pool."""
 
     workplace: Workplace
+    read: Any  # bytes read by each process
+    number: int  # this one's
 
 
-def _start_worker(output: str) -> None:
+def _start_worker(output: str, read: Any, started: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback; units are whole or not at all
     threading.Thread(target=_leave_with_parent, daemon=True).start()
+    with started.get_lock():
+        _Worker.read, _Worker.number = read, started.value
+        started.value += 1
     _Worker.workplace = Workplace(read_plan(Path(output)))
 
 
@@ -172,8 +231,13 @@ def _leave_with_parent() -> None:
         os._exit(1)
 
 
-def _do_unit(stage_name: str, unit_id: str) -> str | None:
+def _count(step: float) -> None:
+    _Worker.read[_Worker.number] += step
+
+
+def _do_unit(stage_name: str, unit_id: str, size: int) -> str | None:
     workplace = _Worker.workplace
     stage = workplace.plan.stage(stage_name)
     unit = next(unit for unit in stage.units if unit.id == unit_id)
-    return _errors_of(workplace, stage, unit)
+    with watched(size, _count):
+        return _errors_of(workplace, stage, unit)

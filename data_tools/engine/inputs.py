@@ -13,12 +13,16 @@ from llamatrain.errors import ConfigError, DataError
 from llamatrain.files import write_json_atomically
 
 ROWS_FILE = "rows.json"
+# What a preparation writes to, by its stages
+DIRECTORIES = frozenset({"clean", "hash", "mark", "filter", "sketch", "near", "select", "documents", "shards"})
 
 
 def input_files(settings: PrepareSettings, reader: Reader) -> list[InputFile]:
     """Those that the reader reads. Raises ConfigError and DataError."""
     inputs, suffixes = input_list(settings.input), reader.suffixes
+    check_output(settings.output, inputs)
     found = find_files(inputs)
+    _check_places(settings.output, found)
     files = [file for file in found if not suffixes or file.name.endswith(suffixes)]
     if not files:
         raise DataError(
@@ -32,6 +36,31 @@ def input_files(settings: PrepareSettings, reader: Reader) -> list[InputFile]:
         twice = next(name for name in names if names.count(name) > 1)
         raise DataError(f"input: two files are named {twice}, and documents' ids would be equal; name a common folder")
     return files if settings.largest is None else _largest(files, reader, settings)
+
+
+def check_output(output: str, inputs: Sequence[str]) -> None:
+    """That nothing written to the output would be read as input. Raises ConfigError."""
+    place = Path(output).resolve()
+    for text in inputs:
+        pattern, parts = Path(text), Path(text).parts
+        fixed = Path(*parts[: parts.index("**")]) if "**" in parts else pattern  # all below it is looked at
+        if fixed.is_dir() and fixed.resolve() in (place, *place.parents):
+            where = "is" if fixed.resolve() == place else "lies in"
+            raise ConfigError(
+                f"output={output}: {where} input={text}, and what is written there would be read as input by the next "
+                "start; give a directory outside of it"
+            )
+
+
+def _check_places(output: str, files: Sequence[InputFile]) -> None:
+    """That no output would be put among the input files, or takes the place of one. Raises ConfigError."""
+    place = Path(output).resolve()
+    for folder in {file.path.parent for file in files}:
+        there = folder.resolve()
+        if there == place:
+            raise ConfigError(f"output={output}: is the directory of input files; give one of its own")
+        if place in there.parents and there.relative_to(place).parts[0] in DIRECTORIES:
+            raise ConfigError(f"output={output}: the input is what a preparation wrote there; give another output")
 
 
 def _largest(files: list[InputFile], reader: Reader, settings: PrepareSettings) -> list[InputFile]:

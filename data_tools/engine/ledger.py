@@ -23,11 +23,13 @@ nothing of the machine or the hour, so that a rerun writes the same bytes:
       "facts":   {…}                                                   numbers of the stage itself (hashes, pairs)
     }
 
-It adds up: for documents, in = kept + dropped; for lines and bytes, in = kept + dropped + cut. `bytes` are of the
-text in UTF-8, `lines` are newlines + 1; both are counted by the engine, not by the filters. `cut` may be negative
-where a filter writes something into a text. What a source drops itself (Dropped) has the bytes the source says and no
-lines. Stages that write no documents (hash, mark, sketch, near, tokenize) have zeros, and `facts`. The "in" of a stage
-of documents (filter, select) is the "kept" of the one before it (clean, filter), unit by unit.
+It adds up: for documents, in = kept + dropped; for lines and bytes, in = kept + dropped + cut. `bytes` are of the text
+in UTF-8, `lines` are newlines + 1; both are counted by the engine, not by the filters. `cut` may be negative where a
+filter writes something into a text. The "in" of the stage clean is what its source handed on, after the source's own
+cleaning: what that took out of a document (markup, headers, licences) is in no sum, at most in `counts`. What a source
+drops itself (Dropped) has the bytes the source says, of the raw record mostly, and no lines. Stages that write no
+documents (hash, mark, sketch, near, tokenize) have zeros, and `facts`. The "in" of a stage of documents (filter,
+select) is the "kept" of the one before it (clean, filter), unit by unit.
 
 A histogram: {"characters": BINS, "languages": {"en": 5, "unknown": 1}, "scores": {NAME: {"scale": "linear", "bins":
 BINS}}}, BINS = {"INDEX": documents, …}, sparse. Characters: index 0 is the empty text, index i lengths in
@@ -286,6 +288,14 @@ def total(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         for reason, samples in entry["samples"]["dropped"].items():
             dropped[reason] = _fewest(dropped.get(reason, []) + samples, SAMPLES)
     return {**added, "failed": failed, "samples": {"kept": kept, "dropped": dropped}}
+
+
+def told_drops(added: Mapping[str, Any]) -> str:
+    """What a stage dropped, the most first, in words; `added`: its `total`."""
+    if not added["in"]["documents"]:
+        return "no document was in its input"
+    frequent = sorted(added["dropped"].items(), key=lambda item: (-item[1]["documents"], item[0]))
+    return "dropped " + ", ".join(f"{reason} {counts['documents']:,}" for reason, counts in frequent)
 
 
 def _added(one: Any, other: Any) -> Any:

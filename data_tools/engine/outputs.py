@@ -14,6 +14,7 @@ from typing import Any
 
 import zstandard
 
+from data_tools.progress import advance
 from data_tools.records import Record
 from llamatrain.errors import ConfigError, DataError
 from llamatrain.files import fsync_path
@@ -136,6 +137,7 @@ def _lines(path: Path, described: Mapping[str, Any]) -> Iterator[bytes]:
             while data := file.read(READ_BYTES):
                 sha256.update(data)
                 size += len(data)
+                advance(len(data))
                 first, *others = frame.decompress(data).split(b"\n")
                 pending.append(first)
                 if others:

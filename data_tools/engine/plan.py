@@ -28,7 +28,7 @@ from typing import Any
 
 from data_tools.dedup.levels import DedupSettings
 from data_tools.documents import InputFile, content_sample
-from data_tools.engine.components import filter_of, reader_of
+from data_tools.engine.components import filter_of, reader_of, values_by_name
 from data_tools.engine.inputs import by_bytes, groups_of, input_files
 from data_tools.engine.settings import PrepareSettings
 from llamatrain.config.build import build
@@ -106,6 +106,7 @@ class Plan:
 
 def make_plan(settings: PrepareSettings) -> Plan:
     """Look at the inputs and models and plan. Raises ConfigError and DataError."""
+    settings = replace(settings, filters=values_by_name(settings.filters, [*settings.before, *settings.after]))
     reader = reader_of(settings.reader, settings.read)
     files = input_files(settings, reader)
     return planned(settings, files, _configs(settings, reader.settings))

@@ -9,6 +9,7 @@ from data_tools.documents import input_list
 from llamatrain.errors import ConfigError
 
 EXECUTORS = ("local", "slurm")
+MIN_MEMORY_BYTES = 1000  # in practice megabytes: runs of a few hashes are merged for ever
 
 
 @dataclass
@@ -66,9 +67,9 @@ def check_settings(settings: PrepareSettings) -> None:
             raise ConfigError(f"{name} is not set: {name}={value}{', or source=NAME' if name != 'output' else ''}")
     if settings.executor not in EXECUTORS:
         raise ConfigError(f"executor={settings.executor}: choose one of {', '.join(EXECUTORS)}")
-    for name in ("unit_bytes", "memory_bytes"):
-        if getattr(settings, name) < 1:
-            raise ConfigError(f"{name}={getattr(settings, name)}: must be at least 1")
+    for name, least in (("unit_bytes", 1), ("memory_bytes", MIN_MEMORY_BYTES)):
+        if getattr(settings, name) < least:
+            raise ConfigError(f"{name}={getattr(settings, name)}: must be at least {least}")
     if settings.largest is not None and settings.largest < 1:
         raise ConfigError(f"largest={settings.largest}: must be at least 1, or null for all input files")
     if settings.workers is not None and settings.workers < 1:

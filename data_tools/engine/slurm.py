@@ -167,5 +167,11 @@ def _run(command: list[str]) -> str:
             f"there is no {command[0]} here: run this where SLURM's commands are, or set executor=local"
         ) from None
     if done.returncode != 0:
-        raise NotSubmitted(f"{command[0]}: {done.stderr.strip() or done.stdout.strip()}")
+        said = (done.stderr.strip() or done.stdout.strip()).rpartition("\n")[2]
+        hint = (
+            "; is this machine part of a cluster? Without SLURM: executor=local, or stage=NAME part=I/N"
+            if command[0] in ("scontrol", "squeue")
+            else ""
+        )
+        raise NotSubmitted(f"{command[0]}: {said}{hint}")
     return done.stdout

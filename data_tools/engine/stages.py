@@ -24,6 +24,7 @@ from data_tools.engine.components import Filter, filter_of, reader_of
 from data_tools.engine.ledger import Size, Tally, entry_path, read_entry, read_stage, size_of, write_entry
 from data_tools.engine.outputs import SUFFIX, DocumentWriter, has_size, read_documents, whole_file
 from data_tools.engine.plan import Plan, Stage, Unit
+from data_tools.progress import metered
 from data_tools.records import Dropped, Record
 from llamatrain.config.build import build
 from llamatrain.data.shards import SPLITS, read_manifest
@@ -143,7 +144,8 @@ class Workplace:
         with whole_file(self._document_path(stage, unit)) as file:
             sink = DocumentSink(self._steps("before"), tally, DocumentWriter(file))
             for input_file in files:
-                self._read_input(input_file, sink)
+                with metered(input_file.size):
+                    self._read_input(input_file, sink)
             sink.finish()
         inputs = [_described(file.path, file.name) for file in files]
         return inputs, [file.described(self.output)]

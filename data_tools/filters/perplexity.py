@@ -29,6 +29,7 @@ from data_tools.records import Dropped, Record
 from llamatrain.errors import ConfigError, DataError
 
 BUCKETS = ("head", "middle", "tail", "all")
+COMES_AFTER = ("language",)  # which says whose model a page is measured by
 
 
 @dataclass

@@ -2,7 +2,8 @@
 
 A book is a .txt file (packed or not), a .txt in a tar or zip, or a line of JSON-lines with its text in a field.
 Project Gutenberg's headers, licences and credits are taken off (data_tools.cleaning.gutenberg); line ends become `\\n`,
-a byte order mark goes, and what is not UTF-8 is read as Windows-1252, the superset of Latin-1 that old texts are in.
+a byte order mark goes, and what is not UTF-8 is read as Windows-1252, the superset of Latin-1 that old texts are in,
+unless its bytes are too unlike any such text.
 Editions of one book are found later, by data_tools.dedup.near.
 
 Dropped as
@@ -10,6 +11,7 @@ Dropped as
     catalogue        a file about the collection, by its name: index, readme, metadata
     empty            nothing but blanks (behind the headers)
     too_short        fewer characters than `min_characters`
+    broken_encoding  neither UTF-8 nor Windows-1252 (`MAX_OUTSIDE_ASCII`, `MAX_UNDEFINED`)
     binary           holds zero bytes, and is not UTF-16
     no_text          a line of JSON whose text field is missing or no text
     broken_unicode   a text with lone surrogates, which no UTF-8 can spell
@@ -19,6 +21,7 @@ like a Project Gutenberg file, but the header's end was not found: it stays whol
 
 import codecs
 import re
+import string
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -36,6 +39,9 @@ _CATALOGUE = re.compile(r"(?:^|/)(?:readme|index|metadata|gutindex|licen[cs]e|do
 _GUTENBERG_FIELD = re.compile(r"^[ \t]*(Title|Author|Language)[ \t]*:[ \t]*(\S[^\n]{0,200}?)[ \t]*$", re.MULTILINE)
 LANGUAGES = {"english": "en", "french": "fr", "german": "de", "spanish": "es", "italian": "it", "dutch": "nl"}
 LANGUAGES |= {"portuguese": "pt", "polish": "pl", "czech": "cs", "danish": "da", "swedish": "sv", "russian": "ru"}
+MAX_OUTSIDE_ASCII = 0.45  # of letters and bytes outside ASCII: Icelandic has 0.13; Shift-JIS, KOI8-R, EUC above 0.5
+MAX_UNDEFINED = 0.01  # of bytes outside ASCII: those that Windows-1252 does not have
+UNDEFINED = b"\x81\x8d\x8f\x90\x9d"
 HEAD_CHARACTERS = 6_000  # where a Project Gutenberg file names its title
 
 
@@ -96,7 +102,11 @@ def _facts(content: dict[str, Any]) -> dict[str, str]:
 
 
 def _from_bytes(content: bytes, identifier: str, settings: BooksSettings) -> Record | Dropped:
-    text, is_windows = _decoded(content)
+    try:
+        text, is_windows = _decoded(content)
+    except UnicodeError:
+        beginning = content[:SAMPLE_CHARACTERS].decode("latin-1")
+        return Dropped("broken_encoding", identifier, len(content), beginning)
     if text is None:
         return Dropped("binary", identifier, len(content))
     record = Record(text, identifier, SOURCE, {"file": identifier})
@@ -106,7 +116,7 @@ def _from_bytes(content: bytes, identifier: str, settings: BooksSettings) -> Rec
 
 
 def _decoded(content: bytes) -> tuple[str | None, bool]:
-    """(text or None, whether it was not UTF-8)."""
+    """(text, or None for a binary file; whether it was not UTF-8). Raises UnicodeError for a foreign encoding."""
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return content.decode("utf-16", "replace"), False
     if b"\0" in content:
@@ -115,10 +125,19 @@ def _decoded(content: bytes) -> tuple[str | None, bool]:
         return content.decode("utf-8-sig"), False
     except UnicodeDecodeError:
         pass
+    if not _may_be_windows_1252(content):
+        raise UnicodeError
     try:
         return content.decode("cp1252"), True
     except UnicodeDecodeError:  # five bytes have no character there
         return content.decode("latin-1"), True
+
+
+def _may_be_windows_1252(content: bytes) -> bool:
+    high = content.translate(None, bytes(range(128)))
+    letters = len(content) - len(content.translate(None, string.ascii_letters.encode()))
+    undefined = len(high) - len(high.translate(None, UNDEFINED))
+    return len(high) <= MAX_OUTSIDE_ASCII * (len(high) + letters) and undefined <= 1 + MAX_UNDEFINED * len(high)
 
 
 def _book(record: Record, settings: BooksSettings) -> Record | Dropped:

@@ -48,7 +48,7 @@ def licence_in_archive(path: Path, name: str) -> dict[str, str]:
     """Directories in an archive -> the licence their licence files state. Of a damaged one, what is whole."""
     texts: dict[str, list[str]] = {}
     try:
-        for member in members(path, name, _refuse_all_but_licences, MAX_LICENCE_BYTES):
+        for member in members(path, name, _refuse_all_but_licences, MAX_LICENCE_BYTES, share=0.5):
             if not isinstance(member, Dropped):
                 directory = PurePosixPath(member[0]).parent.as_posix()
                 texts.setdefault(directory, []).append(member[1].decode("utf-8", "replace"))

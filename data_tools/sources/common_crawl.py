@@ -9,11 +9,11 @@ CCNet's rules of a page (its `process_wet_file`): the lines are stripped, the ti
 is left must have 300 characters. Here it must also end: `max_characters` bounds it.
 
 Drop reasons. Of records: broken_header, broken_length (see `warc.py`), broken_digest (the block is not what was
-written), broken_http (no HTTP response, or one that cannot be decoded), broken_encoding (no UTF-8, or too many
-characters that its encoding does not have), too_large, segmented (one of several records of a page), revisit (no
-content: as before). Of pages: not_http (dns:, metadata:, ...), http_status (another than 200), not_text (images,
-scripts, ...), truncated (cut off by the crawler, if those are unwanted), too_nested (see `cleaning/html.py`),
-too_short, too_long.
+written), broken_http (no HTTP response, or one that cannot be decoded to its end; what the crawler says it has cut off
+is `truncated`), broken_encoding (no UTF-8, or too many characters that its encoding does not have), too_large,
+segmented (one of several records of a page), revisit (no content: as before). Of pages: not_http (dns:, metadata:,
+...), http_status (another than 200), not_text (images, scripts, ...), truncated (cut off by the crawler, if those are
+unwanted), too_nested (see `cleaning/html.py`), too_short, too_long.
 """
 
 import base64
@@ -137,7 +137,7 @@ def _response_page(record: WarcRecord, kind: str, block: bytes, settings: Common
     else:
         media_type = record.headers.get("content-type", "").partition(";")[0].strip().lower()
         response = HttpResponse(200, media_type, None, block)
-    if response is None:
+    if response is None or (response.cut and "warc-truncated" not in record.headers):
         return "broken_http"
     if response.status != 200:
         return "http_status"

@@ -22,6 +22,7 @@ mostly_comments, too_short, too_long; link, package_metadata (of Python); and as
 import functools
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -38,6 +39,8 @@ from llamatrain.errors import ConfigError, DataError
 
 SOURCE = "github"
 LAYOUTS = ("auto", "bigquery", "archive", "tree", "python_packages")
+SNIFF_BYTES = 1 << 16  # of the first row, to know it
+_ROW = re.compile(rb'\s*\{\s*"')
 BIGQUERY_SUFFIXES = (*JSONL_SUFFIXES, ".json.gz", ".json.zst")
 SKIPPED_DIRECTORIES = ("__pycache__", "node_modules", "site-packages", "dist-packages")  # below a directory to read
 # The languages of RedPajama's and bigcode's (The Stack's) selections; data formats (json, csv, svg) are left out.
@@ -111,9 +114,16 @@ def _layout_of(path: Path, settings: GithubSettings) -> str:
         return settings.layout
     if path.is_dir():
         return "python_packages" if any(path.glob("*.dist-info")) else "tree"
-    if path.name.endswith(BIGQUERY_SUFFIXES):
+    if path.name.endswith(BIGQUERY_SUFFIXES) or (path.suffix == ".json" and _holds_rows(path)):
         return "bigquery"
     return "archive" if path.name.endswith((*TAR_SUFFIXES, ZIP_SUFFIX)) else "tree"
+
+
+def _holds_rows(path: Path) -> bool:
+    """Whether a .json is one of BigQuery's exports, which are JSON-lines, and no file of a repository."""
+    with open(path, "rb") as file:
+        line = file.readline(SNIFF_BYTES)
+    return bool(_ROW.match(line)) and (b'"content"' in line or b'"repo_name"' in line)
 
 
 def _rows(path: Path, name: str, settings: GithubSettings) -> Iterator[Record | Dropped]:
@@ -145,7 +155,7 @@ def _rows(path: Path, name: str, settings: GithubSettings) -> Iterator[Record | 
 
 def _archive(path: Path, name: str, settings: GithubSettings) -> Iterator[Record | Dropped]:
     licences = licence_in_archive(path, name)
-    for member in members(path, name, lambda inside: _refused(inside, settings), settings.max_file_bytes):
+    for member in members(path, name, lambda inside: _refused(inside, settings), settings.max_file_bytes, share=0.5):
         if isinstance(member, Dropped):
             yield member
             continue

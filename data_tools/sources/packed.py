@@ -12,8 +12,6 @@ A file that is truncated, damaged, or that unpacks to more than `MAX_EXPANSION` 
 whole and then raises DataError.
 """
 
-import bz2
-import gzip
 import io
 import json
 import lzma
@@ -25,9 +23,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
-import zstandard
-
-from data_tools.compression import zstd_chunks
+from data_tools.compression import unpacked
+from data_tools.progress import advance, opened
 from data_tools.records import SAMPLE_CHARACTERS, Dropped
 from llamatrain.errors import DataError
 
@@ -36,27 +33,23 @@ JSONL_SUFFIXES = tuple(name + packing for name in (".jsonl", ".ndjson") for pack
 ZIP_SUFFIX = ".zip"
 
 CHUNK_BYTES = 1 << 17
-ZSTD_INPUT_BYTES = 1 << 11  # a block of 4 bytes can hold 128 KiB: so much at once stays below 64 MiB
 MAX_EXPANSION = 250  # gzip of plain text reaches 20, of tables perhaps 100, of zeros 1,000
 FREE_BYTES = 1 << 26  # may come out of any file
-PACKINGS: tuple[tuple[bytes, Callable[[Any], Any]], ...] = (
-    (b"\x1f\x8b", gzip.open),
-    (b"BZh", bz2.open),
-    (b"\xfd7zXZ", lzma.open),
-)
-DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError, zstandard.ZstdError, tarfile.TarError, zipfile.BadZipFile)
+DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile)
 
 Refusal = Callable[[str], str | None]  # a member's path -> the reason to drop it unread, or None
 
 
-def members(path: Path, name: str, refused: Refusal, max_bytes: int) -> Iterator[tuple[str, bytes] | Dropped]:
+def members(
+    path: Path, name: str, refused: Refusal, max_bytes: int, *, share: float = 1.0
+) -> Iterator[tuple[str, bytes] | Dropped]:
     """The files in a tar or zip as (path within, content), in its order; ids of what is dropped are `NAME/PATH`.
 
-    Raises DataError naming the file.
+    `share`: what reading them is of the work with the file. Raises DataError naming the file.
     """
     packed = _zip_members if path.name.endswith(ZIP_SUFFIX) else _tar_members
     try:
-        yield from packed(path, name, refused, max_bytes)
+        yield from packed(path, name, refused, max_bytes, share)
     except DAMAGE as error:
         raise DataError(f"{path}: truncated or damaged ({error}); copy it again") from None
 
@@ -67,7 +60,7 @@ def json_lines(path: Path, name: str, max_bytes: int) -> Iterator[tuple[int, dic
     Raises DataError naming the file.
     """
     try:
-        with open(path, "rb") as file:
+        with opened(path) as file:
             for number, (line, size) in enumerate(_lines(_chunks(file, path), max_bytes), start=1):
                 if size > max_bytes:
                     yield _dropped("too_large", f"{name}:{number}", size, line)
@@ -82,7 +75,7 @@ def whole_file(path: Path, name: str, max_bytes: int) -> bytes | Dropped:
     parts: list[bytes] = []
     size = 0
     try:
-        with open(path, "rb") as file:
+        with opened(path) as file:
             for chunk in _chunks(file, path):
                 size += len(chunk)
                 if size > max_bytes:
@@ -108,8 +101,10 @@ def _json_object(line: bytes, identifier: str, number: int) -> tuple[int, dict[s
     return _dropped("broken_json", identifier, len(line), line)
 
 
-def _tar_members(path: Path, name: str, refused: Refusal, max_bytes: int) -> Iterator[tuple[str, bytes] | Dropped]:
-    with open(path, "rb") as packed:
+def _tar_members(
+    path: Path, name: str, refused: Refusal, max_bytes: int, share: float
+) -> Iterator[tuple[str, bytes] | Dropped]:
+    with opened(path, share=share) as packed:
         plain = cast(IO[bytes], io.BufferedReader(_Stream(_chunks(packed, path)), CHUNK_BYTES))
         with tarfile.open(fileobj=plain, mode="r|", tarinfo=_StrictTarInfo, errorlevel=2) as archive:
             for member in archive:
@@ -130,9 +125,12 @@ def _tar_members(path: Path, name: str, refused: Refusal, max_bytes: int) -> Ite
                 yield member.name, content
 
 
-def _zip_members(path: Path, name: str, refused: Refusal, max_bytes: int) -> Iterator[tuple[str, bytes] | Dropped]:
+def _zip_members(
+    path: Path, name: str, refused: Refusal, max_bytes: int, share: float
+) -> Iterator[tuple[str, bytes] | Dropped]:
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
+            advance(share * member.compress_size)
             if member.is_dir():
                 continue
             identifier = f"{name}/{member.filename}"
@@ -163,25 +161,11 @@ def _reason(path: str, size: int, max_bytes: int) -> str | None:
 
 def _chunks(file: IO[bytes], path: Path) -> Iterator[bytes]:
     """The file unpacked, by what it begins with. Raises DataError for a bomb."""
-    magic = file.read(6)
-    file.seek(0)
     produced = 0
-    for chunk in _unpacked(file, magic):
+    for chunk in unpacked(file, path):
         produced += len(chunk)
         if produced > FREE_BYTES + MAX_EXPANSION * file.tell():
             raise DataError(f"{path}: unpacks to more than {MAX_EXPANSION} times its size; if it is none, unpack it")
-        yield chunk
-
-
-def _unpacked(file: IO[bytes], magic: bytes) -> Iterator[bytes]:
-    if magic.startswith(b"\x28\xb5\x2f\xfd"):
-        yield from zstd_chunks(file, read_bytes=ZSTD_INPUT_BYTES)
-        return
-    plain: Any = file
-    for mark, opened in PACKINGS:
-        if magic.startswith(mark):
-            plain = opened(file)
-    while chunk := plain.read(CHUNK_BYTES):
         yield chunk
 
 

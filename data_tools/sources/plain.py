@@ -13,6 +13,7 @@ from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
+from data_tools.progress import advance_share
 from data_tools.records import SAMPLE_CHARACTERS, Dropped, Record
 from data_tools.sources.packed import json_lines
 from data_tools.sources.streams import bounded_parts, file_chunks
@@ -115,6 +116,7 @@ def _parquet_documents(path: Path, name: str, settings: PlainSettings) -> Iterat
                     fields = {column: value[row] for column, value in zip(columns, values, strict=True)}
                     yield _document(fields, f"{name}:{number}", settings, "plain")
                     number += 1
+                advance_share(batch.num_rows / max(1, file.metadata.num_rows))
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # not the file's own fault

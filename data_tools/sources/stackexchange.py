@@ -32,6 +32,7 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 
 from data_tools.cleaning.posts_html import post_text
+from data_tools.progress import advance_share
 from data_tools.records import SAMPLE_CHARACTERS, Dropped, Record
 from data_tools.sources.xml_records import UNREADABLE, Header, row_format, unpacked_chunks, xml_records
 from llamatrain.errors import ConfigError, DataError
@@ -40,6 +41,7 @@ SOURCE = "stackexchange"
 SUFFIXES = ("Posts.xml", "Posts.xml.zst", "Posts.xml.gz", "Posts.xml.bz2")  # beside it lie Users.xml, Votes.xml …
 PAPERS_SITES = 28
 FORMAT = row_format("posts", "row")
+READING = 0.5  # of the work with a file; the rest is joining
 QUESTION, ANSWER = "1", "2"  # PostTypeId
 _NUMBER = re.compile(r"-?[0-9]{1,18}")
 _SITE = re.compile(r"(.+?)[-_.]?Posts\.xml.*")
@@ -85,7 +87,7 @@ def read(path: Path, name: str, settings: StackExchangeSettings) -> Iterator[Rec
     with tempfile.TemporaryDirectory(prefix="stackexchange-", dir=settings.temporary) as folder:
         partitions = _Partitions(Path(folder), settings)
         try:
-            for item in xml_records(path, name, FORMAT, settings.max_document_bytes):
+            for item in xml_records(path, name, FORMAT, settings.max_document_bytes, share=READING):
                 post = item if isinstance(item, Header | Dropped) else _post(item, name)
                 if isinstance(post, _Post):
                     partitions.add(post)
@@ -93,8 +95,10 @@ def read(path: Path, name: str, settings: StackExchangeSettings) -> Iterator[Rec
                     yield post
         except DataError as error:
             damage = error
+        count = len(partitions)
         for posts in partitions.all():
             yield from _threads(posts, name, settings)
+            advance_share((1 - READING) / count)
     if damage is not None:
         raise damage
 
@@ -135,6 +139,9 @@ class _Partitions:
         self._buffered += _LENGTH.size + len(data)
         if self._buffered > self._settings.buffer_bytes:
             self._write()
+
+    def __len__(self) -> int:
+        return len(self._written | self._buffers.keys())
 
     def _write(self) -> None:
         try:

@@ -1,26 +1,15 @@
-"""The bytes of a raw file, plain, gzip or zstd, in bounded memory, whole, in parts or through a window.
+"""The bytes of a raw file, plain or packed, in bounded memory, whole, in parts or through a window.
 
-What a file is shows in its first bytes, not in its name. gzip's checksums and both formats' ends are checked: a file
-that stops in the middle gives what was whole and then raises, it does not end as if it were complete.
+Checksums and ends are checked: a file that stops in the middle gives what was whole and then raises, it does not end as
+if it were complete.
 """
 
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
-import zstandard
-
-from data_tools.compression import zstd_chunks
+from data_tools.compression import unpacked
+from data_tools.progress import opened
 from llamatrain.errors import DataError
-
-GZIP_MAGIC = b"\x1f\x8b"
-ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
-
-READ_BYTES = 1 << 16  # what follows a gzip member in it is copied for each member
-CHUNK_BYTES = 1 << 20  # of decompressed gzip, at most
-# zstd's decompressor hands out all there is in what it was given: small pieces bound what a bomb can unfold to.
-ZSTD_READ_BYTES = 1 << 12  # 128 KiB for each 4 bytes at worst
 
 
 def file_chunks(path: Path) -> Iterator[bytes]:
@@ -28,52 +17,8 @@ def file_chunks(path: Path) -> Iterator[bytes]:
 
     Raises DataError naming it when it is damaged or cut; an OSError, which may pass, goes through.
     """
-    try:
-        with open(path, "rb") as stream:
-            magic = stream.read(4)
-            stream.seek(0)
-            if magic.startswith(GZIP_MAGIC):
-                yield from _gzip_chunks(stream)
-            elif magic == ZSTD_MAGIC:
-                yield from zstd_chunks(stream, read_bytes=ZSTD_READ_BYTES)
-            else:
-                while chunk := stream.read(READ_BYTES):
-                    yield chunk
-    except (EOFError, zlib.error, zstandard.ZstdError) as error:
-        raise DataError(f"{path}: truncated or damaged ({error}); copy it again") from None
-
-
-def _gzip_chunks(stream: BinaryIO) -> Iterator[bytes]:
-    # Not the gzip module: a web archive has a member for every page, and that module takes each in small steps.
-    member = zlib.decompressobj(wbits=31)
-    at_start = True  # of a member, nothing of it read yet
-    while data := stream.read(READ_BYTES):
-        chunks: list[bytes] = []  # small members are handed on together
-        held = 0
-        while data:
-            if at_start:
-                data = data.lstrip(b"\0")  # padding after a member, as tapes and some tools leave it
-                if not data:
-                    break
-            at_start = False
-            try:
-                chunks.append(member.decompress(data, CHUNK_BYTES))
-            except zlib.error:
-                yield b"".join(chunks)
-                raise
-            held += len(chunks[-1])
-            data = member.unconsumed_tail
-            if member.eof:
-                data = member.unused_data
-                member, at_start = zlib.decompressobj(wbits=31), True
-            if held >= CHUNK_BYTES:
-                yield b"".join(chunks)
-                chunks, held = [], 0
-        yield b"".join(chunks)
-    while not at_start and (chunk := member.decompress(b"", CHUNK_BYTES)):
-        yield chunk  # what the limit of the last call held back
-    if not at_start and not member.eof:
-        raise EOFError("the last gzip member has no end")
+    with opened(path) as stream:
+        yield from unpacked(stream, path)
 
 
 def bounded_parts(chunks: Iterator[bytes], separator: bytes | None, *, max_bytes: int) -> Iterator[tuple[bytes, int]]:

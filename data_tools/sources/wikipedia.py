@@ -35,6 +35,7 @@ SUFFIXES = (".xml", ".bz2", ".gz", ".zst")  # a part is called …pages-articles
 INDEX = "-multistream-index"  # in the name of a file that only lists where pages begin
 FORMAT = element_format("mediawiki", "page")
 _DATABASE = re.compile(r"([a-z][a-z_]*)wiki")  # enwiki, be_x_oldwiki; not enwiktionary
+_CODE = re.compile(r"[a-z]{2,3}(?:-[a-z]+)*|simple")  # of a Wikipedia: de, be-x-old
 _FILE_DATABASE = re.compile(r"([a-z][a-z_]*)wiki-")  # enwiki-20220801-pages-articles.xml.bz2
 _XML_LANGUAGE = re.compile(rb"""<mediawiki[^<>]*\sxml:lang=["']([A-Za-z-]{1,20})["']""")
 
@@ -65,6 +66,9 @@ def check_settings(settings: WikipediaSettings) -> None:
     for name in ("min_characters", "max_document_bytes"):
         if getattr(settings, name) < 1:
             raise ConfigError(f"{name}={getattr(settings, name)}: must be at least 1")
+    for language in [*settings.languages, *([settings.language] if settings.language is not None else [])]:
+        if not _CODE.fullmatch(language):
+            raise ConfigError(f"languages: {language!r} is no code of a Wikipedia; write it as in its address: de, en")
 
 
 def read(path: Path, name: str, settings: WikipediaSettings) -> Iterator[Record | Dropped]:

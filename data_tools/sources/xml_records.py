@@ -23,6 +23,7 @@ from xml.etree import ElementTree
 
 import zstandard
 
+from data_tools.progress import opened
 from data_tools.records import SAMPLE_CHARACTERS, Dropped
 from llamatrain.errors import DataError
 
@@ -73,13 +74,13 @@ class Piece:
 
 
 def xml_records(
-    path: Path, name: str, form: XmlFormat, max_bytes: int
+    path: Path, name: str, form: XmlFormat, max_bytes: int, *, share: float = 1.0
 ) -> Iterator[Header | ElementTree.Element | Dropped]:
     """The headers and records of a file, plain or packed. Raises DataError, after all that was whole, when the file
-    cannot be read to its end."""
+    cannot be read to its end. `share`: what reading is of the work with the file."""
     ended = False
     try:
-        for piece in _pieces(unpacked_chunks(path), form, max_bytes):
+        for piece in _pieces(unpacked_chunks(path, share=share), form, max_bytes):
             if not piece.is_record:
                 ended, items = _between(piece, name, form, ended)
                 yield from items
@@ -155,12 +156,12 @@ def _pieces(chunks: Iterator[bytes], form: XmlFormat, limit: int) -> Iterator[Pi
         yield piece(len(buffer))
 
 
-def unpacked_chunks(path: Path) -> Iterator[bytes]:
+def unpacked_chunks(path: Path, *, share: float = 1.0) -> Iterator[bytes]:
     """The file in pieces, unpacked by what it begins with (bz2, gzip, zstd), in UTF-8 whatever its encoding.
 
     Raises DataError for an archive, OSError and its like for damage.
     """
-    with open(path, "rb") as file:
+    with opened(path, share=share) as file:
         magic = file.read(6)
         for mark, command in ARCHIVES.items():
             if magic.startswith(mark):

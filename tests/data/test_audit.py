@@ -1,6 +1,7 @@
 """The audit finds every single thing that does not add up, and names it."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 
 from data_tools.audit import AuditFailed, AuditSettings, audit
+from data_tools.engine.plan import read_plan
+from data_tools.prepare import prepare
 from tests.data.preparing import prepared, write_corpus
 
 ROOT = Path(__file__).parent.parent.parent
@@ -110,7 +113,9 @@ def test_a_strange_file_among_the_documents_is_named(output: Path) -> None:
     assert "documents/more.jsonl.zst: no unit of filter wrote it" in found_wrong(output)
 
 
-def test_a_file_that_could_not_be_read_fails_the_audit_with_exit_code_1(tmp_path: Path) -> None:
+def test_a_file_that_could_not_be_read_fails_the_audit_with_exit_code_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     corpus = write_corpus(tmp_path / "in", files=2)
     with open(corpus / "1.jsonl", "a") as file:
         file.write('{"raise": true}\n')
@@ -118,5 +123,33 @@ def test_a_file_that_could_not_be_read_fails_the_audit_with_exit_code_1(tmp_path
     command = [sys.executable, "-m", "data_tools.audit", f"output={output}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "could not be read: 1.jsonl: 1.jsonl: ends in the middle" in done.stderr
+    entry = output / "ledger" / "clean" / "00000.json"
+    assert f"could not be read: 1.jsonl: ends in the middle; get the file anew, remove {entry} and" in done.stderr
     audit(AuditSettings(output=str(output), allow_failed=True))
+    assert "clean/00000: accepted, though not read to its end: 1.jsonl: ends" in capsys.readouterr().out
+    restored = write_corpus(tmp_path / "again", files=2) / "1.jsonl"
+    (corpus / "1.jsonl").write_bytes(restored.read_bytes())  # what the message says helps
+    entry.unlink()
+    audit(AuditSettings(output=str(prepared(corpus, output, overwrite=True))))
+
+
+def test_what_the_audit_advises_mends_it(output: Path) -> None:
+    for name in ("documents/00000.jsonl.zst", "clean/00001.jsonl.zst", "shards/train-00000.bin"):
+        path = output / name
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    change(output, "clean/00002", lambda entry: entry["kept"].update(lines=0))
+    wrong = found_wrong(output)
+    assert len(re.findall(r"remove (\S+) and run prepare again", wrong)) >= 4
+    for text in set(re.findall(r"remove (\S+) and run prepare again", wrong)):
+        shutil.rmtree(text) if Path(text).is_dir() else Path(text).unlink()
+    prepare(read_plan(output).settings)
+    audit(AuditSettings(output=str(output)))
+
+
+def test_too_few_documents_are_told_with_the_reasons(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "in", files=1)
+    output = prepared(corpus, tmp_path / "out", filters={"tests.data.toy_filters": {"min_characters": 10**6}})
+    audit(AuditSettings(output=str(output)))
+    wrong = found_wrong(output, min_documents=1)
+    assert "source toy: 0 documents kept, and min_documents=1 (clean: dropped short 20, redirect 1)" in wrong

@@ -169,8 +169,8 @@ def test_encodings_and_line_ends(tmp_path: Path) -> None:
         (found,) = books(tmp_path / name)
         assert isinstance(found, Record)
         assert (found.text, found.counts) == (book.strip(), counts), name
-    (tmp_path / "latin.txt").write_bytes("Café\x81".encode("latin-1"))
-    assert texts(tmp_path / "latin.txt") == ["Café\x81"]
+    (tmp_path / "latin.txt").write_bytes("Café du matin\x81".encode("latin-1"))
+    assert texts(tmp_path / "latin.txt") == ["Café du matin\x81"]
 
 
 def test_what_is_no_book_is_dropped_with_its_reason(tmp_path: Path) -> None:
@@ -346,3 +346,37 @@ def test_real_novels_keep_every_character() -> None:
     for book, text in zip(found, novels(archive, 8), strict=True):
         assert isinstance(book, Record) and not book.counts
         assert book.text == text.replace("\r\n", "\n").replace("\r", "\n").strip("\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("これは日本語の本です。吾輩は猫である。名前はまだ無い。" * 20, "shift_jis"),
+        ("これは日本語の本です。吾輩は猫である。名前はまだ無い。" * 20, "euc_jp"),
+        ("Все счастливые семьи похожи друг на друга. " * 20, "koi8-r"),
+        ("这是一本中文书。" * 20, "gbk"),
+        ("Für die Bücher, „Größe“ und Übermut. " * 20, "cp850"),  # DOS: ü is a byte that Windows-1252 does not have
+    ],
+)
+def test_a_book_in_a_foreign_encoding_is_dropped(tmp_path: Path, text: str, encoding: str) -> None:
+    (tmp_path / "a.txt").write_bytes(text.encode(encoding, "replace"))
+    (item,) = read(tmp_path / "a.txt", "a.txt", BooksSettings())
+    assert (
+        isinstance(item, Dropped)
+        and item.reason == "broken_encoding"
+        and item.bytes == len(text.encode(encoding, "replace"))
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Það var eitt sinn kóngur og drottning í ríki sínu; þau áttu sér börn. ",
+        "À l’été, les élèves âgés étaient déjà là où l’on espérait. ",
+        "„Für die Größe“, sagte er, »überhört man Übermut.« ",
+    ],
+)
+def test_a_book_in_windows_1252_is_read(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.txt").write_bytes((text * 20).encode("cp1252"))
+    (item,) = read(tmp_path / "a.txt", "a.txt", BooksSettings())
+    assert isinstance(item, Record) and item.text.startswith(text.strip()) and item.counts["windows_1252"] == 1

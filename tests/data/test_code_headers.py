@@ -327,3 +327,7 @@ def test_the_standard_library_stays_the_same_program() -> None:
     logging = remove_headers((library / "logging" / "__init__.py").read_text(encoding="utf-8"), "logging/__init__.py")
     assert logging.text.startswith('"""\nLogging package for Python.')
     assert logging.removed.startswith("# Copyright") and logging.removed.endswith("THIS SOFTWARE.")
+
+
+def test_a_header_that_cmake_fills_in_is_one_of_c() -> None:
+    assert syntax_of("src/config.h.cmake") == syntax_of("x.h") != syntax_of("FindX.cmake")

@@ -195,6 +195,53 @@ def test_wrong_chunks_and_damaged_bodies_are_dropped(tmp_path: Path) -> None:
     assert found == ["broken_http"] * 6 + ["Hello world."]
 
 
+LONG_HTML = b"<html><body>" + b"".join(b"<p>Line %d of a page.</p>" % n for n in range(500)) + b"</body></html>"
+
+
+@pytest.mark.parametrize("body", [gzip.compress(LONG_HTML), zlib.compress(LONG_HTML), zlib.compress(LONG_HTML)[2:-4]])
+def test_a_compressed_body_that_stops_in_the_middle_is_dropped(tmp_path: Path, body: bytes) -> None:
+    """fastwarc takes the cut for the end."""
+    encoding = "Content-Encoding: gzip" if body.startswith(b"\x1f\x8b") else "Content-Encoding: deflate"
+    cut = body[: len(body) * 7 // 10]
+    whole, *found = read_records(
+        tmp_path,
+        warc_page(body, encoding),
+        warc_page(cut, encoding),
+        warc_page(chunked(cut), "Transfer-Encoding: chunked", encoding),
+        warc_page(body[:-9], encoding),  # all its text or nearly, without its end
+    )
+    assert whole.endswith("Line 499 of a page.")
+    assert found == ["broken_http"] * 3
+
+
+def test_a_compressed_body_that_the_crawler_cut_is_kept_and_marked(tmp_path: Path) -> None:
+    cut = http_response(gzip.compress(LONG_HTML)[:-500], "Content-Encoding: gzip")
+    page = record("response", cut, headers=(("WARC-Truncated", "length"),))
+    (item,) = read_pages(write_archive(tmp_path / "a.warc", page))
+    assert isinstance(item, Record) and item.provenance["truncated"] == "length"
+    assert item.text.startswith("Line 0 of a page.") and "Line 499" not in item.text
+
+
+def test_gzip_bodies_of_several_members_or_with_something_behind_are_whole(tmp_path: Path) -> None:
+    half = len(LONG_HTML) // 2
+    members = gzip.compress(LONG_HTML[:half]) + gzip.compress(LONG_HTML[half:])
+    for body in (members, members + b"\0\0", members + b"\r\n"):
+        (text,) = read_records(tmp_path, warc_page(body, "Content-Encoding: x-gzip"))
+        assert text.endswith("Line 499 of a page.")
+
+
+def test_a_chunked_body_whose_first_size_is_no_number_is_dropped(tmp_path: Path) -> None:
+    sizes = chunked(HTML).split(b"\r\n", 1)
+    end = b"\r\n0\r\n\r\n"
+    found = read_records(
+        tmp_path,
+        warc_page(b"zz\r\n" + sizes[1], "Transfer-Encoding: chunked"),
+        warc_page(b"-1\r\n" + HTML + end, "Transfer-Encoding: chunked"),
+        warc_page(HTML + end, "Transfer-Encoding: chunked"),  # undone, and the page ends so
+    )
+    assert found == ["broken_http", "broken_http", "Hello world.\n\n0"]
+
+
 def test_a_bomb_is_dropped_in_little_memory(tmp_path: Path) -> None:
     bomb = gzip.compress(b"<p>" + b"x" * 50_000_000)
     assert len(bomb) < 100_000

@@ -114,6 +114,32 @@ def test_the_page_holds_the_numbers_of_the_ledger(prepared: Path, capsys: pytest
     assert "Every stage adds up" in text
 
 
+def test_the_card_tells_what_it_was_made_from(tmp_path: Path) -> None:
+    write_ledger(tmp_path, ["a line\nand a text that is long enough to be kept"] * 4)
+    run = {
+        "settings": {"name": "web"},
+        "configs": {
+            "clean": {
+                "reader": "common_crawl",
+                "read": {"min_characters": 300, "title": "keep"},
+                "filters": [["ours", {}], ["language", {"threshold": 0.65, "model": {"content": [["lid.ftz", "0"]]}}]],
+            },
+            "mark": {"policy": "drop_all"},
+        },
+        "files": [[f"{number}.<i>.warc", 10**6, "/somewhere"] for number in range(60)],
+    }
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    data_card(DataCardSettings(output=str(tmp_path)))
+    shown = " ".join(" ".join(Elements((tmp_path / "data_card.html").read_text()).text).split())
+    for row in ("clean read.min_characters 300", "clean language.threshold 0.65", "clean language.model lid.ftz",
+                "clean ours", "mark policy drop_all", "60 input files, 60.0 MB", "49.<i>.warc 1.00 MB",
+                "and 10 more"):  # fmt: skip
+        assert row in shown, row
+    assert "/somewhere" not in shown and "50.<i>" not in shown
+    written = (tmp_path / "data_card.md").read_text()
+    assert "| clean | language.threshold | 0.65 |" in written and "| and 10 more |" in written
+
+
 def test_nothing_of_a_document_is_markup_and_nothing_is_loaded(prepared: Path) -> None:
     content = page.render(read_card(prepared))
     shown = Elements(content)

@@ -177,6 +177,12 @@ def test_the_engine_builds_it_from_plain_settings(tmp_path: Path) -> None:
     assert isinstance(keep(Record(prose(1, 9), "id", "source")), Record)
 
 
+def test_a_misspelt_key_of_a_set_gets_the_right_one() -> None:
+    values = {"sets": [{"name": "quiz", "path": "x", "field": ["question"]}]}
+    with pytest.raises(ConfigError, match=r"sets\.field: there is no such setting; did you mean sets\.fields\?"):
+        filter_of("decontamination", values)
+
+
 def test_a_label_of_the_file_is_no_part_of_the_question(tmp_path: Path) -> None:
     """A page has the question without it; indexed with it, a short question (all of it must be there) is missed."""
     path = tmp_path / "quiz.jsonl"

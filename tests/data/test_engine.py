@@ -347,6 +347,7 @@ def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
         ({"part": "2/2", "stage": "clean"}, r"part=2/2: write it as I/N"),
         ({"stage": "clear"}, r"stage=clear: the plan has no such stage; choose of clean, hash, mark, filter"),
         ({"workers": 0}, "workers=0"),
+        ({"memory_bytes": 10}, "memory_bytes=10: must be at least 1000"),
         ({"executor": "ray"}, "executor=ray: choose one of local, slurm"),
         ({"tokenizer": "gone.model"}, "gone.model: cannot be read"),
     ],

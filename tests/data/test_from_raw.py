@@ -1,25 +1,20 @@
 """All sources from raw dumps to a trained model, by one command: inputs that the test writes, and real samples."""
 
-import gzip
-import json
 import os
 import subprocess
 import sys
-import sysconfig
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from launch.from_raw import FromRawSettings, from_raw, sources_in, stages
+from launch.from_raw import FromRawSettings, check_begun, from_raw, stages
 from llamatrain.errors import ConfigError
-from tests.data import arxiv_papers, test_github, test_stackexchange, test_wikipedia, wet_writer
-from tests.real_text import english_documents, shared_data
+from tests.raw_samples import SEVEN, real_samples, written_samples
+from tests.real_text import shared_data
 from tests.small_run import metrics, status
 
 REPOSITORY = Path(__file__).parents[2]
-SEVEN = ["wikipedia", "c4", "github", "books", "arxiv", "stackexchange", "common_crawl"]
 
 
 @pytest.mark.parametrize(
@@ -45,68 +40,48 @@ def test_every_source_is_audited_before_it_is_used(tmp_path: Path) -> None:
     for source in ("books", "wikipedia"):
         (tmp_path / source).mkdir()
     settings = FromRawSettings(raw=str(tmp_path), output="out")
-    commands = [stage[0].partition(".")[2] for stage in stages(settings, sources_in(tmp_path))]
+    commands = [stage[0].partition(".")[2] for stage in stages(settings)]
     assert commands == ["prepare", "audit"] * 2 + ["train_tokenizer"] + ["prepare", "audit"] * 2 + ["mix", "train"]
 
 
-def written_samples(raw: Path, directory: Path) -> None:
-    """A few documents of every source, in its own format."""
-    whole = "\n".join(english_documents(directory))
-    texts = [whole[begin : begin + 4000] for begin in range(0, 600_000, 4000)]
-    for source in SEVEN:
-        (raw / source).mkdir(parents=True)
-    pages = [test_wikipedia.page(f"Page {n}", text, number=n) for n, text in enumerate(texts[:100], start=1)]
-    test_wikipedia.written(raw / "wikipedia", test_wikipedia.header() + "".join(pages) + test_wikipedia.FOOTER)
-    records = [wet_writer.wet_page(f"Page {n}", text, url=f"http://a.org/{n}") for n, text in enumerate(texts)]
-    wet_writer.write_archive(raw / "common_crawl" / "a.warc.wet.gz", wet_writer.warcinfo(), *records)
-    lines = [json.dumps({"text": text, "timestamp": "2019-04-25T12:57:54Z", "url": "http://b.org/"}) for text in texts]
-    (raw / "c4" / "c4-train.00000-of-01024.json.gz").write_bytes(gzip.compress("\n".join(lines).encode(), mtime=0))
-    library = [path.read_text() for path in sorted(Path(sysconfig.get_path("stdlib")).glob("[a-d]*.py"))[:40]]
-    rows = [test_github.row(text, path=f"{n}.py") for n, text in enumerate(library)]
-    (raw / "github" / "rows.jsonl").write_text("\n".join(rows))
-    (raw / "books" / "book.txt").write_text("\n\n".join(texts[:40]))
-    section = "\\documentclass{article}\n\\begin{document}\n\\section{One}\n"
-    sentences = "".join(letter for letter in texts[0] if letter.isalnum() or letter in " .\n")
-    paper = f"{section}{sentences}\n\\end{{document}}\n"
-    (raw / "arxiv" / "1202.3665.gz").write_bytes(arxiv_papers.packed({"main.tex": paper.encode()}))
-    asked = [test_stackexchange.question(2 * n, body=f"<p>{texts[n].split('.')[0]}?</p>") for n in range(1, 40)]
-    answered = [test_stackexchange.answer(2 * n + 1, 2 * n, f"<p>{texts[n][:500]}</p>", n) for n in range(1, 40)]
-    test_stackexchange.written(raw / "stackexchange", test_stackexchange.posts(*asked, *answered))
+def test_an_output_within_raw_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "raw" / "books").mkdir(parents=True)
+    for output in ("raw", "raw/out"):
+        with pytest.raises(ConfigError, match=r"output=.*raw"):
+            from_raw(FromRawSettings(raw=str(tmp_path / "raw"), output=str(tmp_path / output)))
 
 
-def real_samples(raw: Path, directory: Path) -> None:
-    """Dumps of the real sources; C4 by its rules out of a crawl, code out of an installed package."""
-    data = shared_data()
-    if data is None:
-        pytest.skip("no shared data here")
-    chosen = {
-        "common_crawl": ["commoncrawl/aut-example.warc.gz", "commoncrawl/resiliparse-warcfile.warc.gz"],
-        "c4_from_crawl": ["commoncrawl/aut-example.warc.gz"],
-        "wikipedia": ["wikipedia/enwiki-pages-articles-shortened.xml.bz2"],
-        "books": ["gutenberg/pg-tom_sawyer.txt", "gutenberg/pg-grimm.txt"],
-        "arxiv": ["arxiv/1907.10121.gz", "arxiv/1703.09710.gz"],
-        "stackexchange": ["stackexchange/coffee.stackexchange.com-Posts.xml"],
-    }
-    for source, names in chosen.items():
-        (raw / source).mkdir(parents=True)
-        for name in names:
-            (raw / source / Path(name).name).symlink_to(data / "raw" / name)
-    import hydra
+def test_an_output_that_was_begun_otherwise_is_refused(tmp_path: Path) -> None:
+    begun = {"steps": 200, "vocab_size": 4096}
+    check_begun(tmp_path / "out", begun)
+    check_begun(tmp_path / "out", begun)
+    for changes, message in (({"vocab_size": 1000}, "vocab_size=1000: .* with 4096; give that, or another output"),
+                             ({"steps": 20}, "steps=20: .* with 200; give that or more, or")):  # fmt: skip
+        with pytest.raises(ConfigError, match=message):
+            check_begun(tmp_path / "out", begun | changes)
+    check_begun(tmp_path / "out", begun | {"steps": 300})
 
-    (licence,) = Path(hydra.__path__[0]).parent.glob("hydra_core-*.dist-info/**/LICENSE")
-    (raw / "github").mkdir()
-    with tarfile.open(raw / "github" / "hydra.tar.gz", "w:gz") as archive:
-        archive.add(hydra.__path__[0], "hydra/hydra")
-        archive.add(licence, "hydra/LICENSE")
+
+def test_a_source_that_keeps_nothing_ends_it_before_the_next(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for source in ("books", "arxiv"):
+        (tmp_path / "raw" / source).mkdir(parents=True)
+    (tmp_path / "raw" / "books" / "a.txt").write_text("")
+    with pytest.raises(SystemExit):
+        from_raw(FromRawSettings(raw=str(tmp_path / "raw"), output=str(tmp_path / "out")))
+    told = capfd.readouterr()
+    assert "source books: 0 documents kept, and min_documents=1 (clean: dropped " in told.err
+    assert "source=arxiv" not in told.out
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("samples", [written_samples, real_samples])
 def test_one_command_goes_from_raw_samples_of_all_sources_to_200_steps(
-    samples: Callable[[Path, Path], None], tmp_path: Path
+    samples: Callable[[Path], None], tmp_path: Path
 ) -> None:
-    samples(tmp_path / "raw", tmp_path / "corpus")
+    if samples is real_samples and shared_data() is None:
+        pytest.skip("no shared data here")
+    samples(tmp_path / "raw")
     command = [
         sys.executable, "-m", "launch.from_raw", f"raw={tmp_path / 'raw'}", f"output={tmp_path / 'out'}",
         "vocab_size=1000", "lm_pieces=1000",

@@ -71,6 +71,8 @@ def tree(root: Path, files: dict[str, str | bytes]) -> Path:
         ("gpl-3.0", "GPL", False),
         ("lgpl-2.1", "LGPL", False),
         ("MIT License", "MIT", True),
+        ("MIT-0", "MIT-0", True),
+        ("MIT-CMU", "MIT-CMU", False),  # other terms, those of HPND
         ("BSD", "BSD", True),
         ("3-Clause BSD License", "BSD-3-Clause", True),
         ("Apache License, Version 2.0", "Apache-2.0", True),
@@ -437,3 +439,15 @@ def test_settings_that_cannot_work_are_refused() -> None:
     for change in ({"layout": "cvs"}, {"licences": ["wtf"]}, {"licences": []}, {"max_line": 0}):
         with pytest.raises(ConfigError):
             check_github_settings(replace(SETTINGS, **change))
+
+
+def test_rows_of_bigquery_in_a_file_named_json_are_read(tmp_path: Path) -> None:
+    row = {"content": "print('a program of one line')\n", "path": "a.py", "repo_name": "a/b", "license": "mit"}
+    (tmp_path / "contents-000000000000.json").write_text(
+        json.dumps(row) + "\n" + json.dumps(row | {"path": "b.py"}) + "\n"
+    )
+    (tmp_path / "package.json").write_text('{\n  "content": "no row"\n}\n')
+    found = list(github.read(tmp_path / "contents-000000000000.json", "contents-000000000000.json", GithubSettings()))
+    assert [record.provenance["path"] for record in found if isinstance(record, Record)] == ["a.py", "b.py"]
+    (tree_file,) = github.read(tmp_path / "package.json", "package.json", GithubSettings())
+    assert isinstance(tree_file, Dropped) and tree_file.reason == "extension"

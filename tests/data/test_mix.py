@@ -1,6 +1,7 @@
 """Prepared sources become a mixture: the paper's shares and epochs, and a configuration that training reads."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from data_tools.mix import (
     PAPER_TOKENS,
     MixSettings,
     decimal,
+    describe,
     epochs_of,
     find_data_sets,
     group_of,
@@ -150,6 +152,23 @@ def test_the_mixture_is_a_data_configuration(prepared: Path, tmp_path: Path) -> 
         "GitHub": {"path": f"{prepared}/github/shards", "weight": 4.5},
         "laws": {"path": f"{prepared}/laws", "weight": 3.0},
     }
+
+
+def test_the_table_says_how_weights_become_shares(prepared: Path) -> None:
+    manifests = find_data_sets([f"{prepared}/github", f"{prepared}/laws"])
+    rows = table_of(manifests, {"laws": 3.0}, 100_000)
+    missing = "common_crawl, c4, wikipedia, books, arxiv, stackexchange"
+    told = f"Weights: not there: {missing}; they add up to 7.5 %, so each share is its weight divided by 0.075."
+    assert told in describe(rows, 100_000)
+    assert rows[1].share == pytest.approx(0.4)
+    assert not any("Weights" in line for line in describe(table_of(manifests, {"laws": 95.5}, 100_000), 100_000))
+
+
+def test_many_epochs_stay_in_their_column(prepared: Path) -> None:
+    rows = table_of(find_data_sets([f"{prepared}/github"]), {}, PAPER_TOKENS)
+    assert rows[0].epochs > 1e6
+    head, row, *_ = describe(rows, PAPER_TOKENS)
+    assert len(row) == len(head) and re.search(r" \d+(\.\d+)? [MG] ", row)
 
 
 def test_another_mixture_is_replaced_only_when_told_to(prepared: Path, tmp_path: Path) -> None:

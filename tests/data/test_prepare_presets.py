@@ -51,6 +51,9 @@ def test_there_is_a_preset_for_each_of_the_papers_sources() -> None:
 def test_a_preset_lists_every_setting_of_its_reader_and_filters(name: str) -> None:
     content: dict[str, Any] = yaml.safe_load(PRESETS[name].read_text(encoding="utf-8"))
     settings = build(PrepareSettings, {**content, "input": "x", "output": "y"})
+    if name == "own":
+        assert (settings.name, settings.reader, settings.read) == ("???", "???", {})
+        return
     check_settings(settings)
     reader = reader_of(settings.reader, settings.read).settings
     assert settings.read == dataclasses.asdict(reader)
@@ -97,5 +100,5 @@ def test_a_model_that_is_missing_is_named_before_anything_is_done(tmp_path: Path
     with pytest.raises(
         ConfigError, match=r"filters\.(perplexity|quality): .*or leave \w+ out of before=\[…\] and after="
     ):
-        prepare(build(PrepareSettings, {**content, "input": str(tmp_path), "output": str(output)}))
+        prepare(build(PrepareSettings, {**content, "input": str(tmp_path / "a.warc.wet"), "output": str(output)}))
     assert not output.exists()

@@ -191,6 +191,7 @@ def test_settings_that_cannot_work_are_refused(model: Path, tmp_path: Path) -> N
         ({"held_out_fraction": 0.9}, r"held_out_fraction=0\.9"),
         ({"lr": 0.0}, r"lr=0\.0"),
         ({"epochs": 0}, "epochs=0"),
+        ({"held_out_fraction": 0.02}, "held_out_fraction=0.02 holds . out: .* or a larger held_out_fraction"),
         ({"min_characters": 10_000}, "0 documents of each class are too few.*min_characters=10000"),
     ):
         with pytest.raises((ConfigError, DataError), match=message):

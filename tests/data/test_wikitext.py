@@ -251,3 +251,34 @@ def test_words_without_markup_stay(text: str) -> None:
 )
 def test_nested_templates_vanish_whole(template: str) -> None:
     assert clean_wikitext(f"x {template} y") == "x y"
+
+
+@pytest.mark.parametrize(
+    ("wikitext", "text"),
+    [
+        # the first sentence of "Arithmetic mean" in the English Wikipedia
+        (
+            "the '''arithmetic mean''' ({{IPAc-en|x}} {{respell|ARR|ith}}), or just the ''mean''",
+            "the arithmetic mean, or just the mean",
+        ),
+        ("X ([[File:a.ogg]]), y", "X, y"),
+        ("X (<small>{{a}}</small>); y", "X; y"),
+        ("X ({{a}}) y", "X y"),
+        ("X ({{a}}; {{b}}). Y", "X. Y"),
+        ("X (({{a}})), y", "X, y"),
+        ("Code (ANSI, {{IPAc-en}} {{respell}}) is", "Code (ANSI) is"),
+        ("Code (ANSI, {{a}}; {{b}}) is", "Code (ANSI) is"),
+        ("Code (ANSI {{a}} {{b}}<ref>c</ref>) is", "Code (ANSI) is"),
+        ("Code ({{a}} {{b}} ANSI) is", "Code (ANSI) is"),
+        ("a {{x}} {{y}} b", "a b"),
+        ("a<ref>x</ref> {{y}}b", "a b"),
+    ],
+)
+def test_what_is_gone_leaves_no_hole(wikitext: str, text: str) -> None:
+    assert clean_wikitext(wikitext) == text
+
+
+def test_a_hundred_thousand_empty_brackets_are_closed_in_time() -> None:
+    assert clean_wikitext("(" * 100_000 + "{{a}}" + ")" * 100_000)
+    assert clean_wikitext("a " + "({{a}} " * 50_000 + ")" * 50_000 + ", b")
+    assert clean_wikitext("a " + "({{a}}), " * 50_000 + "b").startswith("a,")
