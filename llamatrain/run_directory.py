@@ -4,11 +4,13 @@ config.yaml     the resolved configuration of the run's first start, or of its l
 journal.jsonl   one line per event: start, checkpoint, account, stop, done … (append only)
 status.json     how the run stands now; launch scripts decide from it
 metrics.jsonl   one line per logged step
+samples.jsonl   what the model wrote after evaluation.samples, one line per validation
 control/        a file `stop` or `save` put there asks for that
 logs/           what each rank had to say
 launch/         of launch.slurm: the setup file, the jobs' output, what ended a chain
 hang-…/         what was found out when the ranks came no further
 profile/        where the time of some steps went, if logging.profile_steps asked for it
+report/         the page that llamatrain.report made of it
 checkpoints/    step-00001234/ …
 lock            held by the process that works here
 """
@@ -108,6 +110,10 @@ class RunDirectory:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples.jsonl"
 
     @property
     def config(self) -> Path:

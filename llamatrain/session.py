@@ -24,6 +24,7 @@ from llamatrain.config.resume import changes, check_allowed, differences, flatte
 from llamatrain.device import check_torch, choose_device, choose_precision
 from llamatrain.distributed import World
 from llamatrain.errors import ConfigError, LlamatrainError, UnhealthyRun
+from llamatrain.initial_weights import origin_hash
 from llamatrain.model.attention_choice import resolve_backend
 from llamatrain.model.compilation import check_compile, resolve_compile
 from llamatrain.observe.rank_log import CONSOLE_FORMAT, RankLog
@@ -196,6 +197,9 @@ def settle(config: RunConfig, directory: RunDirectory, world: World) -> RunConfi
     config = replace(config, train=replace(train, device=device.type, precision=precision, compile=compiled))
     attention = world.decide(lambda: resolve_backend(config, device))
     config = replace(config, model=replace(config.model, attention=attention))
+    if config.init.from_ is not None and config.init.sha256 is None:
+        origin = world.decide(lambda: origin_hash(config))
+        config = replace(config, init=replace(config.init, sha256=origin))
     per_node = world.process.local_world_size
     recompute = world.decide(lambda: resolve_recompute(config, device, world.size, ranks_per_node=per_node))
     return replace(config, parallel=replace(config.parallel, recompute=recompute))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from llamatrain.arithmetic import parameter_shapes, save_interval_s, seconds_between_failures
 from llamatrain.checkpoint import commit, store
 from llamatrain.checkpoint.background import Background, Staging, retried
+from llamatrain.checkpoint.interchange.own import IMPORTED
 from llamatrain.config import RunConfig
 from llamatrain.config.build import build
 from llamatrain.config.parallel import layout
@@ -262,6 +263,11 @@ class Snapshots:
         self, manifest: commit.Manifest, reader: store.Reader, names: Names, allowed: list[str]
     ) -> tuple[int, DataState]:
         """`allowed` are structural settings that the run has changed before, perhaps after this checkpoint."""
+        if IMPORTED in manifest:
+            raise CheckpointError(
+                f"{reader.checkpoint}: it is an import, weights alone; a run of its own begins with them by "
+                f"init.from={reader.checkpoint.parent.parent}"
+            )
         try:
             step, updates = manifest["step"], manifest["optimizer"]["step"]
             if type(updates) is not int or not 0 <= updates <= step:

@@ -17,6 +17,7 @@ Every setting is key=value; a group's choice is group=choice (a file of conf/). 
   train.stop_after_step=N                   save and leave there; the same command without it goes on
   train.dry_run=true                        one step, save, load: says how much memory it takes, and leaves
   train.resume_allow=[data.sources.NAME.weight]   resuming, change what may not else (docs/resume-policy.md)
+  init.from=RUN_OR_IMPORT                   begin with those weights (docs/interchange.md)
   optim.lr=3e-4 optim.warmup_steps=2000     peak rate, warm-up; cosine to optim.min_lr_ratio
   checkpoint.every_steps=1000               saved also at the end, on SIGTERM and on Ctrl-C
   evaluation.every_steps=500                validation loss per source, bits per byte

@@ -33,11 +33,13 @@ from llamatrain.device import (
     memory_gib,
 )
 from llamatrain.distributed import World
+from llamatrain.evaluation.during_training import TrainingTasks
+from llamatrain.evaluation.samples import SampleLog, Samples
 from llamatrain.evaluation.validation import Validation
 from llamatrain.files import write_bytes_atomically
 from llamatrain.garbage import GarbageCollection
+from llamatrain.initial_weights import make_weights
 from llamatrain.integrity import OWN_LOSS, Integrity
-from llamatrain.model.init import init_parameters
 from llamatrain.observe.goodput import Accounts
 from llamatrain.observe.profiler import Profiler, aside
 from llamatrain.observe.records import MetricsLog, Record
@@ -48,6 +50,7 @@ from llamatrain.optim.adamw import build_adamw, set_learning_rate, start_anew
 from llamatrain.optim.clipping import clip_gradients
 from llamatrain.optim.schedule import learning_rate
 from llamatrain.parallel import fsdp, overlap
+from llamatrain.parallel.answering import answering
 from llamatrain.parallel.composition import build_model
 from llamatrain.resilience.agreement import Agreement
 from llamatrain.resilience.bad_steps import BadSteps
@@ -105,14 +108,18 @@ class Trainer:
         )
         with world.together():
             self.validation = Validation(config, self.sources, self.tokenizer, self.device, world, self.layout)
+            self.samples = Samples(config, self.tokenizer, self.device, world, self.layout)
+            self.tasks = TrainingTasks(config, self.tokenizer, self.device, world, self.layout)
         self.metrics: MetricsLog | None = None  # where records go, on rank 0 only
+        self.sample_log: SampleLog | None = None
         self.sinks: list[Sink] = []
         if world.leads:
             self.metrics = MetricsLog(directory.metrics, resumed_step=self.saved_step)
+            self.sample_log = SampleLog(directory.samples, validated_step=self.metrics.validated_step)
             self.sinks = open_sinks(config, directory.path)
             for sink in (self.metrics, *self.sinks):
                 resources.callback(sink.close)
-        self.validated_step = self._last_validated()
+        self.validated_step, self.tested_step = self._last_validated()
         self.throughput = Throughput(config, device_name=device_name(self.device), world_size=world.size)
         slow = config.logging.straggler_factor
         self.stragglers = Stragglers(self.model, world=world, device=self.device, nodes=nodes, factor=slow)
@@ -138,7 +145,13 @@ class Trainer:
         """Go to where the newest checkpoint stands, or to the start; without the samples of rollbacks."""
         restored = self.snapshots.restore()
         if restored is None:
-            init_parameters(self.parameters, self.config.model, seed=self.config.train.seed)
+            make_weights(
+                self.config,
+                self.parameters,
+                tokenizer_sha256=self.tokenizer.sha256,
+                directory=self.directory,
+                world=self.world,
+            )
             start_anew(self.optimizer)
             self.bad_steps.guard.load({})
         self.step, state = restored or (0, DataState.start(self._mixture()))
@@ -200,6 +213,7 @@ class Trainer:
         """Train from the step reached to the last one; validate, log and save on the way."""
         self.directory.set_status(RUNNING, step=self.step, phase=TRAINING)
         self._validate_if_due()
+        self._test_if_due()
         if self._finished():
             return
         overlap.tell(self.config, self.parameters, self.device, self.world)
@@ -322,7 +336,8 @@ class Trainer:
         self.agreement.step_ended()
         logging_due = self._logging_due(self.step)
         self.integrity.after_step(self.step)
-        if logging_due or self._saving_due() or self._validation_due():  # the host waits for this step anyway
+        if logging_due or self._saving_due() or self._validation_due() or self._tasks_due():
+            # the host waits for this step anyway
             self.bad_steps.settle()
             self.integrity.look()
         if self._rolled_back():
@@ -330,6 +345,7 @@ class Trainer:
         if logging_due:
             self._log(self._training_record(loss, grad_norm))
         self._validate_if_due()
+        self._test_if_due()
         if self._saving_due():
             self._save_unless_bad()
 
@@ -358,7 +374,9 @@ class Trainer:
         self.data_state = self.data_state.pass_over(*samples)
         if self.metrics is not None:
             self.metrics.back_to(self.step)
-        self.validated_step = self._last_validated()
+            if self.sample_log is not None:
+                self.sample_log.back_to(self.metrics.validated_step)
+        self.validated_step, self.tested_step = self._last_validated()
         self.bad_steps.forget()
         self.rollbacks += 1
         self.throughput.pause(time.perf_counter() - started)
@@ -391,7 +409,7 @@ class Trainer:
             started = time.perf_counter()
             self.snapshots.finish_save()
             self.throughput.pause(time.perf_counter() - started, SAVING)
-        if self._last and not self._validation_due():
+        if self._last and not self._validation_due() and not self._tasks_due():
             self.accounts.end(self.step)
             self.directory.record("done", step=self.step)
             self.directory.set_status(DONE, step=self.step)
@@ -440,9 +458,16 @@ class Trainer:
             "perf/memory_gib": memory_gib(self.device),
         }
 
-    def _log(self, fields: Record) -> None:
+    def _log_samples(self, samples: list[Record]) -> None:
+        if samples and self.sample_log is not None:
+            self.sample_log.write({**self._where(), "samples": samples})
+
+    def _where(self) -> Record:
         tokens = self.data_state.samples_read * self.config.data.seq_len
-        record = {"step": self.step, "tokens": tokens, "time": time.time(), **fields}
+        return {"step": self.step, "tokens": tokens, "time": time.time()}
+
+    def _log(self, fields: Record) -> None:
+        record = {**self._where(), **fields}
         if self.metrics is not None:
             self.metrics.write(record)
         for sink in self.sinks:
@@ -453,8 +478,14 @@ class Trainer:
         every = self.config.evaluation.every_steps
         return bool(every) and (self._last or self.step % every == 0) and self.validated_step != self.step
 
-    def _last_validated(self) -> int | None:
-        return self.world.decide(lambda: self.metrics.validated_step if self.metrics else None)
+    def _tasks_due(self) -> bool:
+        every = self.config.evaluation.tasks_every_steps
+        return bool(every) and (self._last or self.step % every == 0) and self.tested_step != self.step
+
+    def _last_validated(self) -> tuple[int | None, int | None]:
+        """The last steps with validation, and with tasks."""
+        metrics = self.metrics
+        return self.world.decide(lambda: (metrics.validated_step, metrics.tested_step) if metrics else (None, None))
 
     def _validate_if_due(self) -> None:
         """Validate; a request to stop breaks it off, and the resumed run begins with it."""
@@ -463,10 +494,24 @@ class Trainer:
         started = time.perf_counter()
         with aside():
             record = self.validation.evaluate(self.model, self.passes.loss, keep_going=self._keep_validating)
+            samples = self.samples.write(self.model, keep_going=self._keep_validating) if record else []
             fsdp.free_gathered(self.model)
-        if record is not None:
+        if record is not None and samples is not None:
+            self._log_samples(samples)  # before the record, by which they are kept on resumption
             self._log(record)
             self.validated_step = self.step
+        self.throughput.pause(time.perf_counter() - started, VALIDATING)
+
+    def _test_if_due(self) -> None:
+        """Put the tasks' questions to the model; a request to stop breaks it off, as it does validation."""
+        if not self._tasks_due():
+            return
+        started = time.perf_counter()
+        with aside(), answering(self.model):
+            record = self.tasks.scores(self.model, keep_going=self._keep_validating)
+        if record is not None:
+            self._log(record)
+            self.tested_step = self.step
         self.throughput.pause(time.perf_counter() - started, VALIDATING)
 
     def _keep_validating(self) -> bool:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from llamatrain.config.generate import GenerateConfig, check_generate
 from llamatrain.config.model import ModelConfig
 from llamatrain.errors import ConfigError
-from llamatrain.model.generation import generate, keep_top_p, next_tokens
+from llamatrain.model.generation import generate, keep_top_p, next_tokens, uniform
 from llamatrain.model.init import init_weights
 from llamatrain.model.llama import KVCache, Llama
 
@@ -107,6 +107,21 @@ def test_seed_decides_what_is_drawn(model):
     assert draw(1) != draw(2)
 
 
+def test_what_is_drawn_for_a_prompt_does_not_depend_on_those_after_it(model):
+    def draw(prompts: list[list[int]]) -> list[list[int]]:
+        return generate(model, prompts, max_new_tokens=8, temperature=1.0, seed=3)
+
+    assert draw(PROMPTS)[:2] == draw(PROMPTS[:2])
+    same = draw([PROMPTS[0]] * 3)
+    assert len({tuple(row) for row in same}) == 3
+
+
+def test_the_ends_of_a_draw_are_tokens_of_some_probability():
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(3, 5)
+    for top_p in (1.0, 0.9):
+        assert next_tokens(logits, temperature=1.0, top_p=top_p, draws=[0.0, 0.5, 1 - 2**-53]).tolist() == [1, 3, 3]
+
+
 def test_a_tiny_top_p_is_greedy(model):
     greedy = generate(model, PROMPTS, max_new_tokens=10, temperature=0)
     assert generate(model, PROMPTS, max_new_tokens=10, temperature=1.0, top_p=1e-6, seed=5) == greedy
@@ -130,13 +145,13 @@ def test_top_p_keeps_the_fewest_likeliest_tokens(weights, top_p, seed):
 
 def test_tokens_are_drawn_by_their_probability():
     logits = torch.tensor([1.0, 2.0, 0.0, -1.0]).log_softmax(-1)
-    generator = torch.Generator().manual_seed(0)
     n = 40000
-    drawn = next_tokens(logits.expand(n, 4), temperature=2.0, top_p=1.0, generator=generator)
+    draws = [uniform(0, row) for row in range(n)]
+    drawn = next_tokens(logits.expand(n, 4), temperature=2.0, top_p=1.0, draws=draws)
     shares = drawn.bincount(minlength=4) / n
     expected = (logits / 2).softmax(-1)
     assert ((shares - expected).abs() < 4 * (expected / n).sqrt()).all()
-    cut = next_tokens(logits.expand(n, 4), temperature=1.0, top_p=0.8, generator=generator)
+    cut = next_tokens(logits.expand(n, 4), temperature=1.0, top_p=0.8, draws=draws)
     assert set(cut.tolist()) == {0, 1}  # 0.64 + 0.24
 
 

@@ -129,7 +129,7 @@ def test_logits_and_gradients_are_those_of_hugging_face(changes, backend):
 def test_without_the_rotary_permutation_parity_is_lost(monkeypatch):
     ours = tiny()
     with monkeypatch.context() as patch:
-        patch.setattr(interop, "_pairs_to_halves", lambda name, tensor, config: tensor)
+        patch.setattr(interop, "pairs_to_halves", lambda name, tensor, config: tensor)
         wrong = to_hf_state_dict(ours.state_dict(), ours.config)
     assert parity(ours, wrong)[0] > 1e-2
 

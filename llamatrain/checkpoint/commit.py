@@ -188,6 +188,11 @@ def read_manifest(checkpoint: Path) -> Manifest:
     return manifest
 
 
+def manifest_hash(checkpoint: Path) -> str:
+    """What tells a checkpoint from every other: the hash that its manifest carries, checked. Raises CheckpointError."""
+    return sha256_of_json(read_manifest(checkpoint))
+
+
 def verify_file(checkpoint: Path, name: str, entry: FileEntry, *, hashes: bool = True) -> None:
     """Check the size (and SHA-256) of a file the manifest names. Raises CheckpointError naming the file."""
     path = checkpoint / name

@@ -1,5 +1,6 @@
 """A checkpoint's weights as a model that generates, with the tokenizer it was trained with."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,22 +11,30 @@ from llamatrain.checkpoint import store
 from llamatrain.config import ModelConfig
 from llamatrain.config.build import build
 from llamatrain.config.model import check_model
+from llamatrain.distributed import World
 from llamatrain.errors import CheckpointError, ConfigError, DataError
 from llamatrain.model.llama import Llama
 from llamatrain.tokenizer import TOKENIZER_FILE, Tokenizer
 
 
 def load_model_for_inference(
-    path: str | Path, device: torch.device, *, compute_dtype: torch.dtype
+    path: str | Path,
+    device: torch.device,
+    *,
+    compute_dtype: torch.dtype,
+    build_part: Callable[[ModelConfig], Llama] | None = None,
+    world: World | None = None,
 ) -> tuple[Llama, Tokenizer]:
     """The weights of a checkpoint (or of the newest in a run directory) as a model in evaluation mode.
 
-    Attention is torch's own, which runs on every device, whatever the run was trained with.
+    Attention is torch's own, which runs on every device, whatever the run was trained with. build_part: makes what
+    this rank has of the model, in memory without values; None: all of it, in `compute_dtype`. With a world all its
+    ranks call this, and divide the work of proving that the files are whole.
 
     Returns the model and the run's tokenizer. Raises CheckpointError, and DataError for another tokenizer.
     """
     checkpoint = store.find_checkpoint(Path(path))
-    manifest = store.open_checkpoint(checkpoint, groups=["model"])
+    manifest = store.open_checkpoint(checkpoint, groups=["model"], world=world)
     described = {name: tuple(entry["shape"]) for name, entry in manifest["tensors"]["model"].items()}
     try:
         config = replace(build(ModelConfig, manifest["model"]), attention="sdpa")
@@ -41,9 +50,12 @@ def load_model_for_inference(
             f"{tokenizer.path}: not the tokenizer {checkpoint} was trained with (SHA-256 {tokenizer_sha256[:12]}…); "
             "put that one back"
         )
-    with torch.device("meta"):
-        model = Llama(config, compute_dtype=compute_dtype)
-    model.to_empty(device=device)
-    model.rebuild_rope_tables()
+    if build_part is not None:
+        model = build_part(config)
+    else:
+        with torch.device("meta"):
+            model = Llama(config, compute_dtype=compute_dtype)
+        model.to_empty(device=device)
+        model.rebuild_rope_tables()
     store.Reader(checkpoint, manifest).fill("model", dict(model.named_parameters()))
     return model.eval(), tokenizer

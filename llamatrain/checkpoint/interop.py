@@ -42,7 +42,7 @@ def hf_name(name: str) -> str:
 def to_hf_state_dict(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Our whole state under Hugging Face's names. Raises CheckpointError if it does not fit `config`."""
     _check_fits(state, {name: name for name in parameter_shapes(config)}, config)
-    return {hf_name(name): _pairs_to_halves(name, tensor, config) for name, tensor in state.items()}
+    return {hf_name(name): pairs_to_halves(name, tensor, config) for name, tensor in state.items()}
 
 
 def from_hf_state_dict(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -54,7 +54,7 @@ def from_hf_state_dict(state: Mapping[str, Tensor], config: ModelConfig) -> dict
     left_out = {"lm_head.weight"} if config.tied_embeddings else set()
     kept = {k: v for k, v in state.items() if not k.endswith("rotary_emb.inv_freq") and k not in left_out}
     _check_fits(kept, names, config)
-    return {name: _halves_to_pairs(name, kept[theirs], config) for name, theirs in names.items()}
+    return {name: halves_to_pairs(name, kept[theirs], config) for name, theirs in names.items()}
 
 
 def _check_fits(state: Mapping[str, Tensor], names: Mapping[str, str], config: ModelConfig) -> None:
@@ -72,14 +72,16 @@ def _check_fits(state: Mapping[str, Tensor], names: Mapping[str, str], config: M
             )
 
 
-def _pairs_to_halves(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
+def pairs_to_halves(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
+    """One of our parameters in Hugging Face's layout: the rows of wq and wk permuted, any other as it is."""
     if not name.endswith(("attention.wq.weight", "attention.wk.weight")):
         return tensor
     heads = tensor.unflatten(0, (-1, config.head_dim // 2, 2))  # [H, K/2, 2, D]
     return heads.transpose(1, 2).reshape(tensor.shape)
 
 
-def _halves_to_pairs(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
+def halves_to_pairs(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
+    """The inverse; `name` is ours."""
     if not name.endswith(("attention.wq.weight", "attention.wk.weight")):
         return tensor
     heads = tensor.unflatten(0, (-1, 2, config.head_dim // 2))  # [H, 2, K/2, D]

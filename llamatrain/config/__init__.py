@@ -3,6 +3,7 @@
 from llamatrain.config.checkpoint import CheckpointConfig
 from llamatrain.config.data import DataConfig, SourceConfig
 from llamatrain.config.evaluation import EvaluationConfig
+from llamatrain.config.init import InitConfig
 from llamatrain.config.logging import LoggingConfig
 from llamatrain.config.model import ModelConfig
 from llamatrain.config.optim import OptimConfig
@@ -15,6 +16,7 @@ __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "EvaluationConfig",
+    "InitConfig",
     "LoggingConfig",
     "ModelConfig",
     "OptimConfig",

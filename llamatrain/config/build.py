@@ -23,13 +23,29 @@ def build(schema: type[T], values: Mapping[str, Any]) -> T:
     return built
 
 
+def plain(instance: Any) -> dict[str, Any]:
+    """The inverse of `build`: nested plain values."""
+
+    def named(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {_key(name): value for name, value in fields}
+
+    return dataclasses.asdict(instance, dict_factory=named)
+
+
+def _key(name: str) -> str:
+    """A field's key: `from_`, since `from` is a word of Python's own, is typed and written `from`."""
+    return name.removesuffix("_")
+
+
 def known_keys(schema: Any, prefix: str = "") -> list[str]:
     """Every key of a dataclass, nested ones with dots; the entries of a mapping stand under `NAME`."""
     keys = []
-    for name, kind in typing.get_type_hints(schema).items():
+    for name, kind in ((_key(name), kind) for name, kind in typing.get_type_hints(schema).items()):
         keys.append(prefix + name)
         if dataclasses.is_dataclass(kind):
             keys += known_keys(kind, f"{prefix}{name}.")
+        elif typing.get_origin(kind) is list and dataclasses.is_dataclass(typing.get_args(kind)[0]):
+            keys += known_keys(typing.get_args(kind)[0], f"{prefix}{name}.")
         elif typing.get_origin(kind) is dict and dataclasses.is_dataclass(typing.get_args(kind)[1]):
             keys += known_keys(typing.get_args(kind)[1], f"{prefix}{name}.NAME.")
     return keys
@@ -44,11 +60,12 @@ def text_keys(schema: Any) -> set[str]:
 def _build_dataclass(schema: Any, values: Any, path: str, known: list[str]) -> Any:
     if not isinstance(values, Mapping):
         raise ConfigError(f"{path[:-1]}={values!r}: this is a group of settings, give one of its keys a value")
-    kinds = typing.get_type_hints(schema)
+    fields = {_key(name): (name, kind) for name, kind in typing.get_type_hints(schema).items()}
     for key in values:
-        if key not in kinds:
+        if key not in fields:
             raise ConfigError(f"{path}{key}: there is no such setting{_nearest(f'{path}{key}', known)}")
-    return schema(**{key: _convert(kinds[key], value, f"{path}{key}", known) for key, value in values.items()})
+    named = ((*fields[key], key, value) for key, value in values.items())
+    return schema(**{name: _convert(kind, value, f"{path}{key}", known) for name, kind, key, value in named})
 
 
 def _nearest(key: str, known: list[str]) -> str:

@@ -49,6 +49,8 @@ TABLE = (
         "model.tied_embeddings",
         "the saved weights are those of another model",
     ),
+    Rule(CHECKPOINT, "init.sha256", "what it was at the start; the weights it is of are read no more"),
+    Rule(NEVER, "init.from", "the run began with those weights, and reads them no more"),
     Rule(
         NEVER,
         "model.init_std model.init_depth_scaled train.seed",
@@ -117,9 +119,12 @@ TABLE = (
         "checkpoint.verify_hashes logging.every_steps logging.straggler_factor logging.wandb logging.wandb_project "
         "logging.wandb_entity logging.profile_steps logging.profile_after_steps logging.profile_traces "
         "resilience.compare_copies_every_steps train.replay_check_every_steps "
-        "resilience.preflight resilience.hang_timeout_s resilience.hang_timeout_at_start_s",
+        "resilience.preflight resilience.hang_timeout_s resilience.hang_timeout_at_start_s "
+        "evaluation.samples evaluation.sample_tokens evaluation.tasks evaluation.tasks_every_steps evaluation.data "
+        "evaluation.max_questions",
         "training computes the same",
     ),
+    Rule(CONFIG, "init.allow", "looked at when a run begins"),
 )
 _RULES = {setting: rule for rule in TABLE for setting in rule.settings}
 

@@ -1,11 +1,13 @@
 """The whole configuration of a training run, and the checks that concern more than one group."""
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from llamatrain.config.build import plain
 from llamatrain.config.checkpoint import CheckpointConfig, check_checkpoint
 from llamatrain.config.data import DataConfig, check_data
 from llamatrain.config.evaluation import EvaluationConfig, check_evaluation
+from llamatrain.config.init import InitConfig, check_init
 from llamatrain.config.logging import LoggingConfig, check_logging
 from llamatrain.config.model import ModelConfig, check_model
 from llamatrain.config.optim import OptimConfig, check_optim
@@ -29,6 +31,7 @@ class RunConfig:
     name: str = "llama"
     run_dir: str = "runs/${name}"
     model: ModelConfig = field(default_factory=ModelConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -55,7 +58,7 @@ class RunConfig:
         return self.total_steps if self.optim.schedule_steps is None else self.optim.schedule_steps
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return plain(self)
 
 
 def nearest_multiple(value: int, unit: int) -> int:
@@ -69,6 +72,7 @@ def validate(config: RunConfig, *, world_size: int = 1) -> None:
         if not getattr(config, name):
             raise ConfigError(f"{name} is empty: {name}=…")
     check_model(config.model)
+    check_init(config.init)
     check_data(config.data)
     check_train(config.train)
     check_optim(config.optim)
@@ -84,7 +88,17 @@ def validate(config: RunConfig, *, world_size: int = 1) -> None:
             f"data.seq_len={seq_len} is longer than model.max_seq_len={config.model.max_seq_len}: "
             f"lower it, or set model.max_seq_len={seq_len}"
         )
-    mesh_of(config, world_size)
+    mesh = mesh_of(config, world_size)
+    if config.evaluation.samples and mesh.pp > 1:
+        raise ConfigError(
+            f"evaluation.samples with parallel.pp={mesh.pp}: a pipeline cannot write on from prompts; "
+            "set evaluation.samples=[] (llamatrain.generate writes from its checkpoints)"
+        )
+    if config.evaluation.tasks and mesh.pp > 1:
+        raise ConfigError(
+            f"evaluation.tasks with parallel.pp={mesh.pp}: a pipeline cannot answer questions; "
+            "set evaluation.tasks=[] (llamatrain.evaluate takes its checkpoints)"
+        )
     if config.optim.warmup_steps > config.schedule_steps:
         raise ConfigError(
             f"optim.warmup_steps={config.optim.warmup_steps} is longer than the schedule of "

@@ -1,19 +1,20 @@
-"""Sampling text from a model with a key-value cache, as in the released code.
+"""Sampling text from a model: which token comes next, and prompts written on by that.
 
-Prompts of different lengths share a batch: the length all have is computed at once, then one position at a
-time, where a row takes its own prompt token while it has one and a sampled one after.
+A draw is a function of a key (the seed, the prompt's place, the token's), so neither the prompts beside it nor the
+order of work changes it.
 """
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from llamatrain.errors import ConfigError
-from llamatrain.model.llama import KVCache, Llama
+from llamatrain.model.decoding import write_on
+from llamatrain.model.llama import Llama
 
 
-@torch.inference_mode()
 def generate(
     model: Llama,
     prompts: Sequence[Sequence[int]],
@@ -28,40 +29,49 @@ def generate(
     """The new tokens of each prompt: up to max_new_tokens, ending with eos_id where the model wrote it.
 
     temperature 0 takes the likeliest token; above, tokens are drawn from the fewest likeliest that together
-    have the probability top_p (1: from all), by a generator seeded with `seed`. Ids from vocab_size on, which the
-    model may have and its tokenizer not, are never written. Raises ConfigError for no
-    prompt, an empty one, or more tokens than the model's max_seq_len.
+    have the probability top_p (1: from all). What is drawn for a prompt is a function of (seed, its place), whatever
+    the others. Ids from vocab_size on, which the model may have and its tokenizer not, are never written. Raises
+    ConfigError for no prompt, an empty one, or more tokens than the model's max_seq_len.
     """
     _check_lengths(prompts, max_new_tokens, model.config.max_seq_len)
-    device = next(model.parameters()).device
-    lengths = [len(prompt) for prompt in prompts]
-    ends = [length + max_new_tokens for length in lengths]  # one past the last position of each row
-    tokens, is_prompt = _padded(prompts, max(ends), device)
-    cache = KVCache(model.config, batch=len(prompts), max_len=max(ends), dtype=model.compute_dtype, device=device)
-    generator = torch.Generator(device).manual_seed(seed)
-    last_position = torch.tensor(ends, device=device) - 1
-    done = torch.zeros_like(last_position, dtype=torch.bool)
-    for position in range(min(lengths), max(ends)):
-        logits = model(tokens[:, cache.length : position], cache=cache)[:, -1, :vocab_size].float()  # [B, V]
-        sampled = next_tokens(logits, temperature=temperature, top_p=top_p, generator=generator)
-        tokens[:, position] = torch.where(is_prompt[:, position], tokens[:, position], sampled)
-        if eos_id is not None:
-            done |= ~is_prompt[:, position] & (sampled == eos_id)
-        done |= last_position == position
-        if done.all():
-            break
-    rows = zip(tokens.tolist(), lengths, ends, strict=True)
-    return [_until_eos(row[length:end], eos_id) for row, length, end in rows]
+
+    def choose(logits: Tensor, rows: list[int], written: list[int]) -> Tensor:
+        draws = [uniform(seed, row, 0, step) for row, step in zip(rows, written, strict=True)]
+        return next_tokens(logits, temperature=temperature, top_p=top_p, draws=draws)
+
+    return write_on(
+        model,
+        prompts,
+        max_new_tokens=[max_new_tokens] * len(prompts),
+        choose=choose,
+        ended=lambda _, tokens: tokens[-1] == eos_id,
+        vocab_size=vocab_size,
+    )
 
 
-def next_tokens(logits: Tensor, *, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
-    """One token per row of fp32 logits [B, V]: int64 [B]."""
+def uniform(*key: int) -> float:
+    """A number in [0, 1) that is a function of the key."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+def next_tokens(logits: Tensor, *, temperature: float, top_p: float, draws: Sequence[float]) -> Tensor:
+    """One token per row of fp32 logits [B, V], by a number in [0, 1) for each: int64 [B].
+
+    With the probabilities laid end to end in the order of ids, it is the token at that part of their sum.
+    """
     if temperature == 0:
         return logits.argmax(dim=-1)
+    device = logits.device
+    if torch.are_deterministic_algorithms_enabled():
+        logits = logits.cpu()  # CUDA has no cumsum then
     probabilities = (logits / temperature).softmax(dim=-1)
     if top_p < 1:
         probabilities = keep_top_p(probabilities, top_p)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+    ends = probabilities.double().cumsum(dim=-1)
+    at = torch.tensor(draws, dtype=torch.float64, device=ends.device)[:, None] * ends[:, -1:]
+    at = at.minimum(ends[:, -1:].nextafter(torch.zeros_like(at)))  # where rounding would take it past the last
+    return torch.searchsorted(ends, at, right=True).squeeze(1).to(device)
 
 
 def keep_top_p(probabilities: Tensor, top_p: float) -> Tensor:
@@ -87,17 +97,3 @@ def _check_lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int, max_se
             f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} do not fit into the model's "
             f"max_seq_len={max_seq_len}: {fix}"
         )
-
-
-def _padded(prompts: Sequence[Sequence[int]], length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Prompts in the front of int64 [B, length], and where they are, bool [B, length]."""
-    tokens = torch.zeros(len(prompts), length, dtype=torch.int64)
-    is_prompt = torch.zeros(len(prompts), length, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = torch.tensor(prompt)
-        is_prompt[row, : len(prompt)] = True
-    return tokens.to(device), is_prompt.to(device)
-
-
-def _until_eos(tokens: list[int], eos_id: int | None) -> list[int]:
-    return tokens[: tokens.index(eos_id) + 1] if eos_id in tokens else tokens

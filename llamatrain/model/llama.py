@@ -76,11 +76,36 @@ class KVCache:
     """Keys and values of the tokens seen so far, allocated once for `max_len` tokens; for generation."""
 
     def __init__(
-        self, config: ModelConfig, *, batch: int, max_len: int, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        *,
+        batch: int,
+        max_len: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        kv_heads: int | None = None,
     ) -> None:
-        shape = (config.n_layers, 2, batch, max_len, config.kv_heads, config.head_dim)
+        """kv_heads: those of this rank, where ranks share layers."""
+        self._config, self._kv_heads = config, kv_heads or config.kv_heads
+        shape = (config.n_layers, 2, batch, max_len, self._kv_heads, config.head_dim)
         self._store = torch.empty(shape, dtype=dtype, device=device)
         self.length = 0  # tokens that every layer holds; the model raises it after a forward
+
+    def of_rows(self, rows: Tensor, *, max_len: int) -> "KVCache":
+        """A cache of its own for some of the rows int64 [N], each as often as it is named."""
+        store = self._store
+        picked = KVCache(
+            self._config,
+            batch=len(rows),
+            max_len=max_len,
+            dtype=store.dtype,
+            device=store.device,
+            kv_heads=self._kv_heads,
+        )
+        for layer, given in zip(picked._store, store, strict=True):
+            layer[:, :, : self.length] = given[:, rows, : self.length]
+        picked.length = self.length
+        return picked
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k and v [B, T, Hkv, K] after the `length` tokens; the layer's keys and values so far."""
@@ -216,6 +241,18 @@ class Llama(nn.Module):
         self.register_buffer("rope_cos", cos.to(device), persistent=False)
         self.register_buffer("rope_sin", sin.to(device), persistent=False)
 
+    def new_cache(self, *, batch: int, max_len: int) -> KVCache:
+        """An empty cache, of the heads that this rank has."""
+        ranks = next(module.sharing.size for module in self.modules() if isinstance(module, Attention))
+        return KVCache(
+            self.config,
+            batch=batch,
+            max_len=max_len,
+            dtype=self.compute_dtype,
+            device=self.rope_cos.device,
+            kv_heads=self.config.kv_heads // ranks,
+        )
+
     def forward(
         self,
         tokens: Tensor,
@@ -224,14 +261,16 @@ class Llama(nn.Module):
         hidden: Tensor | None = None,
         doc_lengths: Sequence[int] | None = None,
         cache: KVCache | None = None,
+        at: Tensor | None = None,
     ) -> Tensor:
         """Logits [B, T, V] in compute_dtype for the token after each of `tokens` int64 [B, T].
 
         With `targets` int64 [B, T], which are those tokens where they are known, the sum of their losses in nats
         (an fp32 scalar): the logits are then never whole in memory. doc_lengths: see `attention`. cache: the tokens
-        follow those in it, and are added to it. Where ranks share sequences, `tokens` and `targets` are whole and the
-        result is of this rank's tokens. On a pipeline stage, `hidden` [B, T, D] is what the stage before has made of
-        the tokens, and all stages but the last return the same instead of logits or loss.
+        follow those in it, and are added to it. at int64 [N]: which of the B*T tokens logits are wanted for; the result
+        is then [1, N, V]. Where ranks share sequences, `tokens` and `targets` are whole and the result is of this
+        rank's tokens. On a pipeline stage, `hidden` [B, T, D] is what the stage before has made of the tokens, and all
+        stages but the last return the same instead of logits or loss.
         Raises ValueError beyond max_seq_len.
         """
         start = 0 if cache is None else cache.length
@@ -254,6 +293,8 @@ class Llama(nn.Module):
         if self.norm is None:
             return h
         h = self.norm(h)
+        if at is not None:
+            h = h.flatten(0, 1)[at][None]
         if self.output is None:
             assert self.tok_embeddings is not None, "a tied head lies where the embedding does"
             head = self.tok_embeddings
@@ -268,7 +309,7 @@ def logits_or_loss(
     """h W^T [B, T, V] in h's dtype (of this rank's part of V), or the sum of the targets' losses under it."""
     h, weight = sharing.gather(h), on_this_rank(weight).to(h.dtype)
     if targets is None:
-        return F.linear(h, weight)
+        return sharing.logits(F.linear(h, weight))
     shards, functions = sharing.vocabulary(weight), elementwise.while_training()
     compiled = None if functions is EAGER or shards is not None else functions.cross_entropy
     return linear_cross_entropy_sum(h, weight, targets, shards=shards, compiled=compiled)

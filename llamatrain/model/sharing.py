@@ -23,6 +23,8 @@ from llamatrain.model.loss import VocabularyShards
 class Alone:
     """A rank that has its layers to itself."""
 
+    size: int = 1
+
     def gather(self, x: Tensor) -> Tensor:
         """All tokens [B, T, D] of what the ranks have of each sequence, [B, T/n, D]. Its gradient is `scatter`'s."""
         return x
@@ -38,6 +40,10 @@ class Alone:
     def vocabulary(self, weight: Tensor) -> VocabularyShards | None:
         """Of which rows of the head `weight` is, where ranks share them."""
         return None
+
+    def logits(self, x: Tensor) -> Tensor:
+        """What is to be returned of logits [..., V/n] of this rank's part of the vocabulary."""
+        return x
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,23 @@ class TensorParallel(Alone):
     def vocabulary(self, weight: Tensor) -> VocabularyShards | None:
         rows = weight.shape[0]
         return VocabularyShards(self.group, first=self.rank * rows, vocab_size=self.size * rows)
+
+
+@dataclass(frozen=True)
+class WholeTokens(TensorParallel):
+    """The same ranks where each has all tokens and all logits, of sequences of any length; for inference."""
+
+    def gather(self, x: Tensor) -> Tensor:
+        return x
+
+    def scatter(self, x: Tensor) -> Tensor:
+        dist.all_reduce(x, group=self.group)
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        parts = x.new_empty(self.size, *x.shape)
+        all_gather_single(parts.flatten(0, 1), x.contiguous(), group=self.group)
+        return parts.movedim(0, -2).flatten(-2)
 
 
 ALONE = Alone()

@@ -30,6 +30,7 @@ class MetricsLog:
 
     def _cut(self, last_step: int | None) -> None:
         self.validated_step: int | None = None  # the last step with a validation record
+        self.tested_step: int | None = None  # the last step with a record of tasks
 
         def keep(record: Record) -> bool:
             kept: bool = last_step is not None and record["step"] <= last_step
@@ -68,6 +69,8 @@ class MetricsLog:
     def _note(self, record: Record) -> None:
         if "eval/validation/loss" in record:
             self.validated_step = record["step"]
+        elif any(key.startswith("eval/") for key in record):
+            self.tested_step = record["step"]
 
     def sync(self) -> None:
         """Put every record on disk; done before a checkpoint is committed, which relies on them. Raises OSError."""

@@ -48,7 +48,12 @@ class Console:
         self._total = total_steps
 
     def write(self, record: Record) -> None:
-        print(self.training_line(record) if "train/loss" in record else self.validation_line(record), flush=True)
+        line = self.tasks_line
+        if "train/loss" in record:
+            line = self.training_line
+        elif "eval/validation/loss" in record:
+            line = self.validation_line
+        print(line(record), flush=True)
 
     def training_line(self, record: Record) -> str:
         step = record["step"]
@@ -74,6 +79,16 @@ class Console:
         ]
         bits = record["eval/validation/bits_per_byte"]
         return f"step {record['step']}  validation loss: {', '.join(losses)}  bits per byte: {bits:.4f}"
+
+    def tasks_line(self, record: Record) -> str:
+        """Of each task the metric that it names first."""
+        first: dict[str, str] = {}
+        for key, value in record.items():
+            prefix, _, rest = key.partition("/")
+            task, _, metric = rest.partition("/")
+            if prefix == "eval":
+                first.setdefault(task, f"{task} {value:.4f} ({metric})")
+        return f"step {record['step']}  {', '.join(first.values())}"
 
     def close(self) -> None:
         pass

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from llamatrain.config import RunConfig
-from llamatrain.config.parallel import layout
+from llamatrain.config import ModelConfig, ParallelConfig, RunConfig
+from llamatrain.config.parallel import Layout, layout
 from llamatrain.device import PRECISIONS
 from llamatrain.flat import FlatPart
 from llamatrain.model.compilation import apply_compile
@@ -44,6 +44,29 @@ def build_model(config: RunConfig, device: torch.device, *, world_size: int) -> 
         return _over_mesh(model, config, device, world_size)
     apply_recompute(model, config.parallel)
     return _in_memory(model, OneStage(model, config.parallel), device)
+
+
+def build_spread(
+    config: ModelConfig, parallel: ParallelConfig, ranks: Layout, device: torch.device, *, compute_dtype: torch.dtype
+) -> Llama:
+    """This rank's part of a model without a pipeline, in memory without values, to be evaluated; all ranks call it.
+
+    With one shard every rank has whole layers, or its part of each by tp, and gathers nothing.
+    """
+    with torch.device("meta"):
+        model = Llama(config, compute_dtype=compute_dtype)
+    if ranks.pp * ranks.dp_replicate * ranks.shards * ranks.tp > 1:
+        mesh = build_mesh(ranks, device)
+        if ranks.tp > 1:
+            share_layers(model, mesh["tp"])
+        sequence_group = context_group(ranks, timeout=timedelta(seconds=parallel.timeout_s))
+        if sequence_group is not None:
+            share_sequences(model, sequence_group)
+        if ranks.shards > 1:
+            fsdp.shard(model, data_parallel_mesh(mesh), parallel)
+    model.to_empty(device=device)
+    model.rebuild_rope_tables()
+    return model
 
 
 def _over_mesh(model: Llama, config: RunConfig, device: torch.device, world_size: int) -> Spread:

@@ -1,0 +1,186 @@
+"""How good a checkpoint is: the benchmarks of the paper, perplexity, and tasks of one's own, from local files.
+
+python -m llamatrain.evaluate checkpoint=RUN_OR_STEP_DIRECTORY suite=llama_paper data=DIRECTORY
+python -m llamatrain.evaluate checkpoint=… data=… tasks=[boolq,piqa] max_questions=200
+python -m llamatrain.evaluate checkpoint=… data=… tasks=[triviaqa] shots=5
+torchrun --nproc-per-node=8 -m llamatrain.evaluate checkpoint=… …
+
+Results are written to RUN/evaluations/step-…/NAME.json, every question's to NAME.items.jsonl beside it.
+docs/evaluation.md describes the tasks and where their files lie.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llamatrain.cli import run_command
+from llamatrain.config.evaluate import EvaluateConfig, check_evaluate
+from llamatrain.errors import ConfigError, DataError
+from llamatrain.version import VERSION
+
+if TYPE_CHECKING:
+    from llamatrain.evaluation.results import TaskResult
+    from llamatrain.evaluation.task import Conditions, Task
+    from llamatrain.scorer import Opened
+
+SHORT_NAME = 60  # characters of a file's name made of tasks
+
+
+def run(settings: EvaluateConfig) -> None:
+    """Evaluate, write the results, print them."""
+    check_evaluate(settings)
+    from llamatrain.evaluation.catalogue import load_suite, load_tasks
+    from llamatrain.evaluation.result_files import results_content
+    from llamatrain.evaluation.runner import available, notes
+    from llamatrain.evaluation.tables import choose, paper_table, plain_table, table_content
+    from llamatrain.evaluation.task import Conditions
+    from llamatrain.process import this_process
+
+    suite = load_suite(settings.suite) if settings.suite else None
+    tables = choose(suite.tables if suite else [])
+    tasks = load_tasks(
+        settings.tasks or (suite.tasks if suite else []),
+        settings=settings.task_settings,
+        files=settings.task_files,
+        shots=settings.shots,
+    )
+    conditions = Conditions(
+        max_questions=settings.max_questions,
+        seed=settings.seed,
+        allow_code_execution=settings.allow_code_execution,
+        leads=this_process().leads,
+    )
+    data = Path(settings.data or ".")
+    if tasks and not data.is_dir():
+        raise DataError(f"data={data}: there is no such directory")
+    runnable = list(tasks)
+    skipped: dict[str, str] = {}
+    if conditions.leads:
+        runnable, skipped = available(tasks, data, conditions)
+        if skipped and (settings.strict or not (runnable or settings.harness)):
+            raise DataError("; ".join(f"{task}: {reason}" for task, reason in skipped.items()))
+        for task, reason in skipped.items():
+            print(f"not run: {task} ({reason})", file=sys.stderr)
+    facts, results = evaluate(settings, runnable, data, conditions)
+    if not conditions.leads:
+        return
+    told = notes(runnable, results)
+    shown = {name: table for name, table in tables.items() if set(table.tasks()) & {task.name for task in tasks}}
+    if settings.format == "json":
+        content = results_content(results, {**facts, "skipped": skipped, "notes": told})
+        content["tables"] = {name: table_content(table, results) for name, table in shown.items()}
+        print(json.dumps(content, indent=1, ensure_ascii=False))
+        return
+    for table in shown.values():
+        print(paper_table(table, results, skipped, model=facts["label"], notes=told))
+    named = {task for table in shown.values() for task in table.tasks()}
+    print(plain_table(results, {task: reason for task, reason in skipped.items() if task not in named}))
+
+
+def evaluate(
+    settings: EvaluateConfig, tasks: "Sequence[Task]", data: Path, conditions: "Conditions"
+) -> "tuple[dict[str, Any], dict[str, TaskResult]]":
+    """Facts of the evaluation, and the results of the tasks (those that rank 0 names), on disk when this returns.
+
+    They are written after each task too: with resume=true, a call that was broken off goes on from there.
+    """
+    from llamatrain.evaluation.result_files import read_results, write_results
+    from llamatrain.evaluation.runner import run_tasks
+    from llamatrain.scorer import open_scorer
+
+    assert settings.checkpoint is not None  # checked
+    with open_scorer(
+        settings.checkpoint,
+        device=settings.device,
+        precision=settings.precision,
+        tp=settings.tp,
+        dp_shard=settings.dp_shard,
+        max_batch_tokens=settings.max_batch_tokens,
+    ) as opened:
+        named = opened.world.decide(lambda: [task.name for task in tasks])
+        tasks = [task for task in tasks if task.name in named]
+        facts = opened.world.decide(lambda: _facts(settings, tasks, data, opened))
+        run_directory = opened.checkpoint.parent.parent
+        folder = Path(settings.output) if settings.output else run_directory / "evaluations" / opened.checkpoint.name
+        name = settings.name or _name(settings, tasks)
+        results = opened.world.decide(lambda: read_results(folder, name, facts) if settings.resume else {})
+
+        def keep(task: str, result: "TaskResult") -> None:
+            results[task] = result
+            if conditions.leads:
+                write_results(folder, name, results, facts)
+
+        if settings.harness:  # first, as it may not be installed
+            for task, result in _of_harness(settings, opened.scorer).items():
+                keep(task, result)
+        left = [task for task in tasks if task.name not in results]
+        run_tasks(left, opened.scorer, data=data, conditions=conditions, done=keep)
+        if conditions.leads:
+            print(f"results: {folder / name}.json", file=sys.stderr)
+    return facts, {task: results[task] for task in [*named, *(other for other in results if other not in named)]}
+
+
+def _facts(settings: EvaluateConfig, tasks: "Sequence[Task]", data: Path, opened: "Opened") -> dict[str, Any]:
+    """What the results are made of."""
+    from llamatrain.evaluation.result_files import files_of
+
+    return {
+        "step": opened.step,
+        "tokens": opened.tokens,
+        "checkpoint": str(opened.checkpoint),
+        "label": settings.label or f"{opened.checkpoint.parent.parent.name}, step {opened.step:,}",
+        "versions": _versions(),
+        "device": str(opened.scorer.device),
+        "precision": settings.precision,
+        "seed": settings.seed,
+        "max_questions": settings.max_questions,
+        "settings": {task.name: asdict(task.settings) for task in tasks},
+        "files": files_of(tasks, data),
+    }
+
+
+def _of_harness(settings: EvaluateConfig, scorer: Any) -> "dict[str, TaskResult]":
+    """Results of lm-evaluation-harness's tasks, called `harness.<task>`."""
+    from llamatrain.evaluation.harness import run_harness
+    from llamatrain.evaluation.results import Metric, TaskResult
+
+    shots = settings.shots
+    if isinstance(shots, list):
+        raise ConfigError(f"shots={shots}: the harness takes one number")
+    found = run_harness(
+        settings.harness,
+        scorer,
+        include_path=settings.harness_tasks,
+        max_questions=settings.max_questions,
+        shots=shots,
+        seed=settings.seed,
+    )
+    return {
+        f"harness.{task}": TaskResult({name: Metric(**values) for name, values in metrics.items()})
+        for task, metrics in found.items()
+    }
+
+
+def _name(settings: EvaluateConfig, tasks: "Sequence[Task]") -> str:
+    """Of the results' files."""
+    if settings.suite:
+        return Path(settings.suite).stem
+    name = "_".join([*(task.name for task in tasks), *(f"harness.{Path(task).stem}" for task in settings.harness)])
+    return name if len(name) <= SHORT_NAME else "tasks"
+
+
+def _versions() -> dict[str, str]:
+    import torch
+
+    return {"llamatrain": VERSION, "torch": torch.__version__}
+
+
+def main() -> None:
+    run_command(EvaluateConfig, "commands/evaluate", run, help_text=__doc__)
+
+
+if __name__ == "__main__":
+    main()

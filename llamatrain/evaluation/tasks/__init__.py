@@ -1,0 +1,1 @@
+"""How each kind of task asks and judges; `evaluation.catalogue` lists them."""
