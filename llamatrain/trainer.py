@@ -494,8 +494,11 @@ class Trainer:
         started = time.perf_counter()
         with aside():
             record = self.validation.evaluate(self.model, self.passes.loss, keep_going=self._keep_validating)
-            samples = self.samples.write(self.model, keep_going=self._keep_validating) if record else []
             fsdp.free_gathered(self.model)
+            samples: list[Record] | None = []
+            if record is not None and self.config.evaluation.samples:
+                with answering(self.model):
+                    samples = self.samples.write(self.model, keep_going=self._keep_validating)
         if record is not None and samples is not None:
             self._log_samples(samples)  # before the record, by which they are kept on resumption
             self._log(record)
