@@ -35,11 +35,12 @@ paper-in-miniature: $(TESTABLE)
 	  output=$(MINIATURE) $(if $(SMALL),steps=150 dim=128 layers=2 seq_len=128 batch_tokens=1024 vocab_size=1000 \
 	  lm_pieces=1000 max_questions=20)
 
+# One thread each: the tests' models are tiny, and threads that wait for one another spin.
 test: $(TESTABLE)
-	$(RUN) -m pytest -m "not slow and not benchmark" tests
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow and not benchmark" tests
 
 test-all: $(TESTABLE)
-	$(RUN) -m pytest -m "not benchmark" tests
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not benchmark" tests
 
 drills: $(TESTABLE)
 	$(RUN) -m pytest --drills=$(if $(SAMPLE),sample,full) tests
