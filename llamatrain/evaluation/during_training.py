@@ -5,6 +5,7 @@ is a function of data.seed. Sets and descriptions are looked for at the run's st
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +25,17 @@ from llamatrain.observe.records import Record
 from llamatrain.tokenizer import Tokenizer
 
 
+def training_scorer(
+    config: RunConfig, tokenizer: Tokenizer, device: torch.device, world: World, layout: Layout
+) -> Callable[..., ModelScorer]:
+    """Makes scorers, (model, keep_going=…), that take no more memory than training has left.
+
+    Their batches have fewer tokens than validation has room for, since keys and values are kept besides.
+    """
+    tokens = max(config.data.seq_len, config.evaluation.micro_batch * config.data.seq_len // KEPT_TOKENS)
+    return partial(ModelScorer, tokenizer=tokenizer, device=device, world=world, layout=layout, max_batch_tokens=tokens)
+
+
 class TrainingTasks:
     """The tasks of a run's evaluation.tasks. Raises ConfigError or DataError for one that could not be run."""
 
@@ -31,9 +43,7 @@ class TrainingTasks:
         self, config: RunConfig, tokenizer: Tokenizer, device: torch.device, world: World, layout: Layout
     ) -> None:
         settings = config.evaluation
-        self._tokenizer, self._device, self._world, self._layout = tokenizer, device, world, layout
-        # fewer than validation has room for, since keys and values are kept besides
-        self._batch_tokens = max(config.data.seq_len, settings.micro_batch * config.data.seq_len // KEPT_TOKENS)
+        self._scorer = training_scorer(config, tokenizer, device, world, layout)
         self._conditions = Conditions(max_questions=settings.max_questions, seed=config.data.seed, leads=world.leads)
         self._tasks = load_tasks(settings.tasks)
         self._data = Path(settings.data or ".")
@@ -49,15 +59,7 @@ class TrainingTasks:
         The model is as `parallel.answering` makes it. None if `keep_going`, asked every few forwards, says no; it must
         say the same on all ranks.
         """
-        scorer = ModelScorer(
-            model,
-            self._tokenizer,
-            device=self._device,
-            world=self._world,
-            layout=self._layout,
-            max_batch_tokens=self._batch_tokens,
-            keep_going=keep_going,
-        )
+        scorer = self._scorer(model, keep_going=keep_going)
         try:
             results = run_tasks(self._tasks, scorer, data=self._data, conditions=self._conditions)
         except Interrupted:

@@ -18,8 +18,8 @@ from llamatrain.config import RunConfig
 from llamatrain.config.parallel import Layout
 from llamatrain.distributed import World
 from llamatrain.errors import ConfigError
+from llamatrain.evaluation.during_training import training_scorer
 from llamatrain.evaluation.lockstep import Interrupted
-from llamatrain.evaluation.model_scorer import ModelScorer
 from llamatrain.evaluation.scoring import Generation
 from llamatrain.model.llama import Llama
 from llamatrain.run_directory import cut_lines
@@ -34,8 +34,7 @@ class Samples:
     def __init__(
         self, config: RunConfig, tokenizer: Tokenizer, device: torch.device, world: World, layout: Layout
     ) -> None:
-        self._tokenizer, self._device, self._world, self._layout = tokenizer, device, world, layout
-        self._batch_tokens = config.evaluation.micro_batch * config.data.seq_len  # what validation has room for
+        self._scorer = training_scorer(config, tokenizer, device, world, layout)
         self._prompts, self._new_tokens = config.evaluation.samples, config.evaluation.sample_tokens
         longest = max((len(tokenizer.encode(text, bos=True)) for text in self._prompts), default=0)
         most = config.model.max_seq_len
@@ -52,15 +51,7 @@ class Samples:
         The model is as `parallel.answering` makes it. None if `keep_going`, asked every few tokens, says no; it must
         say the same on all ranks.
         """
-        scorer = ModelScorer(
-            model,
-            self._tokenizer,
-            device=self._device,
-            world=self._world,
-            layout=self._layout,
-            max_batch_tokens=self._batch_tokens,
-            keep_going=keep_going,
-        )
+        scorer = self._scorer(model, keep_going=keep_going)
         requests = [Generation(text, self._new_tokens) for text in self._prompts]
         try:
             written = scorer.generations(requests, description="samples")
