@@ -811,7 +811,7 @@ def test_a_model_that_guesses_is_at_chance_on_the_real_sets(name: str, real_sets
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["arc_easy", "piqa", "hellaswag"])
 def test_random_weights_are_at_chance_within_their_interval(name: str, real_sets: Path, tiny_tokenizer: Path) -> None:
-    """Per token: per character, and in sum, the tokenizer tells something, as natural words make fewer tokens."""
+    """Per token: per character two of the sets leave the interval (docs/evaluation.md)."""
     scorer = ModelScorer(built(max_seq_len=128), Tokenizer(tiny_tokenizer), device=CPU)
     metric = result_of(name, real_sets, scorer, Conditions(max_questions=500)).metrics["accuracy_tokens"]
     assert metric.questions == 500
