@@ -33,24 +33,22 @@ from llamatrain.device import (
     memory_gib,
 )
 from llamatrain.distributed import World
-from llamatrain.evaluation.during_training import TrainingTasks
-from llamatrain.evaluation.samples import SampleLog, Samples
-from llamatrain.evaluation.validation import Validation
+from llamatrain.evaluation.evaluator import Evaluator
 from llamatrain.files import write_bytes_atomically
 from llamatrain.garbage import GarbageCollection
 from llamatrain.initial_weights import make_weights
 from llamatrain.integrity import OWN_LOSS, Integrity
 from llamatrain.observe.goodput import Accounts
 from llamatrain.observe.profiler import Profiler, aside
-from llamatrain.observe.records import MetricsLog, Record
-from llamatrain.observe.sinks import Sink, duration, open_sinks
+from llamatrain.observe.records import Record
+from llamatrain.observe.run_records import RunRecords
+from llamatrain.observe.sinks import duration
 from llamatrain.observe.stragglers import Stragglers
 from llamatrain.observe.throughput import Throughput
 from llamatrain.optim.adamw import build_adamw, set_learning_rate, start_anew
 from llamatrain.optim.clipping import clip_gradients
 from llamatrain.optim.schedule import learning_rate
 from llamatrain.parallel import fsdp, overlap
-from llamatrain.parallel.answering import answering
 from llamatrain.parallel.composition import build_model
 from llamatrain.resilience.agreement import Agreement
 from llamatrain.resilience.bad_steps import BadSteps
@@ -107,19 +105,9 @@ class Trainer:
             stop, directory, world, save_every_s=60 * (config.checkpoint.every_minutes or math.inf)
         )
         with world.together():
-            self.validation = Validation(config, self.sources, self.tokenizer, self.device, world, self.layout)
-            self.samples = Samples(config, self.tokenizer, self.device, world, self.layout)
-            self.tasks = TrainingTasks(config, self.tokenizer, self.device, world, self.layout)
-        self.metrics: MetricsLog | None = None  # where records go, on rank 0 only
-        self.sample_log: SampleLog | None = None
-        self.sinks: list[Sink] = []
-        if world.leads:
-            self.metrics = MetricsLog(directory.metrics, resumed_step=self.saved_step)
-            self.sample_log = SampleLog(directory.samples, validated_step=self.metrics.validated_step)
-            self.sinks = open_sinks(config, directory.path)
-            for sink in (self.metrics, *self.sinks):
-                resources.callback(sink.close)
-        self.validated_step, self.tested_step = self._last_validated()
+            self.evaluator = Evaluator(config, self.sources, self.tokenizer, self.device, world, self.layout)
+        self.records = RunRecords(config, directory, world, resumed_step=self.saved_step, resources=resources)
+        self.evaluator.begin(self.records)
         self.throughput = Throughput(config, device_name=device_name(self.device), world_size=world.size)
         slow = config.logging.straggler_factor
         self.stragglers = Stragglers(self.model, world=world, device=self.device, nodes=nodes, factor=slow)
@@ -212,8 +200,7 @@ class Trainer:
     def fit(self) -> None:
         """Train from the step reached to the last one; validate, log and save on the way."""
         self.directory.set_status(RUNNING, step=self.step, phase=TRAINING)
-        self._validate_if_due()
-        self._test_if_due()
+        self._evaluate_if_due()
         if self._finished():
             return
         overlap.tell(self.config, self.parameters, self.device, self.world)
@@ -336,16 +323,15 @@ class Trainer:
         self.agreement.step_ended()
         logging_due = self._logging_due(self.step)
         self.integrity.after_step(self.step)
-        if logging_due or self._saving_due() or self._validation_due() or self._tasks_due():
+        if logging_due or self._saving_due() or self.evaluator.due(self.step):
             # the host waits for this step anyway
             self.bad_steps.settle()
             self.integrity.look()
         if self._rolled_back():
             return
         if logging_due:
-            self._log(self._training_record(loss, grad_norm))
-        self._validate_if_due()
-        self._test_if_due()
+            self.records.write(self._where(), self._training_record(loss, grad_norm))
+        self._evaluate_if_due()
         if self._saving_due():
             self._save_unless_bad()
 
@@ -372,11 +358,8 @@ class Trainer:
         samples = rollback.samples_of(spike, self.step, self.data_state, self.config)
         rollback.record(spike, samples, from_step, self.step, self.config, self.directory, self.world)
         self.data_state = self.data_state.pass_over(*samples)
-        if self.metrics is not None:
-            self.metrics.back_to(self.step)
-            if self.sample_log is not None:
-                self.sample_log.back_to(self.metrics.validated_step)
-        self.validated_step, self.tested_step = self._last_validated()
+        self.records.back_to(self.step)
+        self.evaluator.begin(self.records)
         self.bad_steps.forget()
         self.rollbacks += 1
         self.throughput.pause(time.perf_counter() - started)
@@ -409,7 +392,7 @@ class Trainer:
             started = time.perf_counter()
             self.snapshots.finish_save()
             self.throughput.pause(time.perf_counter() - started, SAVING)
-        if self._last and not self._validation_due() and not self._tasks_due():
+        if self._last and not self.evaluator.due(self.step):
             self.accounts.end(self.step)
             self.directory.record("done", step=self.step)
             self.directory.set_status(DONE, step=self.step)
@@ -434,15 +417,16 @@ class Trainer:
         self.directory.heartbeat(self.step, phase=SAVING)
         self.integrity.before_save(self.step)
         committed = partial(self.agreement.honoured, SAVE_FILE) if self.agreement.save_requested else None
-        records_on_disk = self.metrics.sync if self.metrics is not None else None
         with aside():
-            self.snapshots.start_save(self.step, self.data_state, records_on_disk=records_on_disk, committed=committed)
+            self.snapshots.start_save(
+                self.step, self.data_state, records_on_disk=self.records.sync, committed=committed
+            )
         self.agreement.save_begun()
         self.saved_step = self.step
         self.throughput.pause(time.perf_counter() - started, SAVING)
         self.accounts.write(self.step)
 
-    # ------------------------------------------------------------------ records
+    # ------------------------------------------------------------------ records and evaluation
 
     def _training_record(self, loss: Tensor, grad_norm: Tensor) -> Record:
         epochs = self.order.epochs(self.data_state.next_sample)
@@ -458,63 +442,18 @@ class Trainer:
             "perf/memory_gib": memory_gib(self.device),
         }
 
-    def _log_samples(self, samples: list[Record]) -> None:
-        if samples and self.sample_log is not None:
-            self.sample_log.write({**self._where(), "samples": samples})
-
     def _where(self) -> Record:
-        tokens = self.data_state.samples_read * self.config.data.seq_len
-        return {"step": self.step, "tokens": tokens, "time": time.time()}
+        return {"step": self.step, "tokens": self.data_state.samples_read * self.config.data.seq_len}
 
-    def _log(self, fields: Record) -> None:
-        record = {**self._where(), **fields}
-        if self.metrics is not None:
-            self.metrics.write(record)
-        for sink in self.sinks:
-            sink.write(record)
-
-    def _validation_due(self) -> bool:
-        """Whether this step is to be validated and has not been: a stop may have come in between."""
-        every = self.config.evaluation.every_steps
-        return bool(every) and (self._last or self.step % every == 0) and self.validated_step != self.step
-
-    def _tasks_due(self) -> bool:
-        every = self.config.evaluation.tasks_every_steps
-        return bool(every) and (self._last or self.step % every == 0) and self.tested_step != self.step
-
-    def _last_validated(self) -> tuple[int | None, int | None]:
-        """The last steps with validation, and with tasks."""
-        metrics = self.metrics
-        return self.world.decide(lambda: (metrics.validated_step, metrics.tested_step) if metrics else (None, None))
-
-    def _validate_if_due(self) -> None:
-        """Validate; a request to stop breaks it off, and the resumed run begins with it."""
-        if not self._validation_due():
+    def _evaluate_if_due(self) -> None:
+        """Validation and tasks; a request to stop breaks them off, and the resumed run begins with them."""
+        if not self.evaluator.due(self.step):
             return
         started = time.perf_counter()
         with aside():
-            record = self.validation.evaluate(self.model, self.passes.loss, keep_going=self._keep_validating)
-            fsdp.free_gathered(self.model)
-            samples: list[Record] | None = []
-            if record is not None and self.config.evaluation.samples:
-                with answering(self.model):
-                    samples = self.samples.write(self.model, keep_going=self._keep_validating)
-        if record is not None and samples is not None:
-            self._log_samples(samples)  # before the record, by which they are kept on resumption
-            self._log(record)
-            self.validated_step = self.step
-        self.throughput.pause(time.perf_counter() - started, VALIDATING)
-
-    def _test_if_due(self) -> None:
-        """Put the tasks' questions to the model; a request to stop breaks it off, as it does validation."""
-        if not self._tasks_due():
-            return
-        started = time.perf_counter()
-        with aside(), answering(self.model):
-            record = self.tasks.scores(self.model, keep_going=self._keep_validating)
-        if record is not None:
-            self._log(record)
-            self.tested_step = self.step
+            self.evaluator.evaluate(
+                self.model, self.passes.loss, self._where(), self.records, keep_going=self._keep_validating
+            )
         self.throughput.pause(time.perf_counter() - started, VALIDATING)
 
     def _keep_validating(self) -> bool:

@@ -13,8 +13,8 @@ from llamatrain.config import RunConfig
 from llamatrain.config.run import validate
 from llamatrain.distributed import World
 from llamatrain.errors import ConfigError
-from llamatrain.evaluation.samples import SampleLog
 from llamatrain.model.generation import generate
+from llamatrain.observe.records import SampleLog
 from llamatrain.parallel.answering import answering
 from llamatrain.trainer import Trainer
 from tests.ranks import on_ranks
@@ -48,7 +48,7 @@ def test_a_sample_is_the_greedy_text_of_the_generator(sources: dict[str, Path], 
         tokenizer = trainer.tokenizer
         prompts = [tokenizer.encode(text, bos=True) for text in PROMPTS]
         with answering(trainer.model):
-            written = trainer.samples.write(trainer.model)
+            written = trainer.evaluator.samples.write(trainer.model)
         assert trainer.model.training
         expected = generate(
             trainer.model,
@@ -126,7 +126,7 @@ def written_by(world: World, config: RunConfig) -> list[str]:
     with ExitStack() as resources:
         trainer = trainer_for(config, resources, world)
         with answering(trainer.model):
-            samples = trainer.samples.write(trainer.model)
+            samples = trainer.evaluator.samples.write(trainer.model)
         assert samples is not None
         return [sample["continuation"] for sample in samples]
 

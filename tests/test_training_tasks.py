@@ -183,7 +183,7 @@ def scores_at_the_start(world: World, config: Any, by_fairscale: bool) -> Any:
         else:
             trainer = trainer_for(config, resources, world)
         with answering(trainer.model):
-            return trainer.tasks.scores(trainer.model)
+            return trainer.evaluator.tasks.scores(trainer.model)
 
 
 @pytest.mark.slow

@@ -4,13 +4,7 @@ The likeliest token is taken each time, so that two lines differ by what was lea
 Nothing is drawn, and weights are only read: training goes on as if there had been no samples.
 """
 
-import errno
-import json
-import logging
-import os
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -22,10 +16,7 @@ from llamatrain.evaluation.during_training import training_scorer
 from llamatrain.evaluation.lockstep import Interrupted
 from llamatrain.evaluation.scoring import Generation
 from llamatrain.model.llama import Llama
-from llamatrain.run_directory import cut_lines
 from llamatrain.tokenizer import Tokenizer
-
-log = logging.getLogger("llamatrain")
 
 
 class Samples:
@@ -58,31 +49,3 @@ class Samples:
         except Interrupted:
             return None
         return [{"prompt": text, "continuation": found[0]} for text, found in zip(self._prompts, written, strict=True)]
-
-
-class SampleLog:
-    """samples.jsonl, on rank 0. Lines after the last validation that the run has kept are cut: they come again."""
-
-    def __init__(self, path: Path, *, validated_step: int | None) -> None:
-        self._path = path
-        self.back_to(validated_step)
-
-    def back_to(self, validated_step: int | None) -> None:
-        """Raises UnhealthyRun if a line is no record."""
-        cut_lines(self._path, lambda record: validated_step is not None and record["step"] <= validated_step)
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Append a line, on disk when this returns; a disk that does not take it, loses it."""
-        line = json.dumps(record).encode() + b"\n"
-        try:
-            with open(self._path, "ab", buffering=0) as file:
-                end = file.tell()
-                try:
-                    if file.write(line) < len(line):
-                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                    os.fsync(file.fileno())
-                except OSError:
-                    os.truncate(self._path, end)
-                    raise
-        except OSError as error:
-            log.warning("%s: the samples cannot be written (%s)", self._path, error)

@@ -1,5 +1,6 @@
-"""metrics.jsonl: one line per logged step, the source of truth that every other sink repeats."""
+"""metrics.jsonl: a line per logged step, the source of truth that every other sink repeats; samples.jsonl beside it."""
 
+import errno
 import json
 import logging
 import math
@@ -80,6 +81,34 @@ class MetricsLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+class SampleLog:
+    """samples.jsonl, on rank 0. Lines after the last validation that the run has kept are cut: they come again."""
+
+    def __init__(self, path: Path, *, validated_step: int | None) -> None:
+        self._path = path
+        self.back_to(validated_step)
+
+    def back_to(self, validated_step: int | None) -> None:
+        """Raises UnhealthyRun if a line is no record."""
+        cut_lines(self._path, lambda record: validated_step is not None and record["step"] <= validated_step)
+
+    def write(self, record: Record) -> None:
+        """Append a line, on disk when this returns; a disk that does not take it, loses it."""
+        line = json.dumps(record).encode() + b"\n"
+        try:
+            with open(self._path, "ab", buffering=0) as file:
+                end = file.tell()
+                try:
+                    if file.write(line) < len(line):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    os.fsync(file.fileno())
+                except OSError:
+                    os.truncate(self._path, end)
+                    raise
+        except OSError as error:
+            log.warning("%s: the samples cannot be written (%s)", self._path, error)
 
 
 def _endless(value: Any) -> bool:

@@ -194,7 +194,7 @@ def what_stays_gathered(world: World, config: RunConfig) -> tuple[list[int], lis
             for batch in loader:
                 trainer.train_step(batch)
                 left.append(gathered(trainer))
-                trainer.validation.evaluate(trainer.model, trainer.passes.loss)
+                trainer.evaluator.validation.evaluate(trainer.model, trainer.passes.loss)
                 left.append(gathered(trainer))
                 if trainer.step == STEPS:
                     break
