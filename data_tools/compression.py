@@ -5,11 +5,13 @@ should be: a server's error page perhaps, saved under the name of a dump.
 """
 
 import bz2
+import io
 import lzma
+import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import zstandard
 
@@ -17,13 +19,13 @@ from llamatrain.errors import DataError
 
 PACKED_SUFFIXES = (".gz", ".tgz", ".zst", ".bz2", ".xz")
 GZIP_MAGIC = b"\x1f\x8b"
-BZ2_MAGIC = b"BZh"
+BZ2_MAGIC = re.compile(rb"BZh[1-9](1A|\x17r)")  # with what follows: a block, or the end of an empty file
 XZ_MAGIC = b"\xfd7zXZ"
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 ZSTD_SKIPPABLE = b"\x2a\x4d\x18"  # behind a byte of 0x50 to 0x5f: pzstd begins files with such a frame
 
 READ_BYTES = 1 << 16  # what follows a gzip member in it is copied for each member
-CHUNK_BYTES = 1 << 20  # of decompressed gzip, at most
+CHUNK_BYTES = 1 << 20  # of what is decompressed, at most; but of zstd:
 # zstd's decompressor hands out all there is in what it was given: small pieces bound what a bomb can unfold to.
 ZSTD_READ_BYTES = 1 << 11  # 128 KiB for each 4 bytes at worst: 64 MiB
 
@@ -40,29 +42,41 @@ def unpacked(file: IO[bytes], path: Path) -> Iterator[bytes]:
         if magic.startswith(GZIP_MAGIC):
             yield from gzip_chunks(file)
         elif magic.startswith(ZSTD_MAGIC) or (magic[1:4] == ZSTD_SKIPPABLE and 0x50 <= magic[0] <= 0x5F):
-            yield from zstd_chunks(file, read_bytes=ZSTD_READ_BYTES)
-        elif magic.startswith(BZ2_MAGIC):
-            with bz2.BZ2File(file) as plain:
-                yield from _read(plain)
+            yield from zstd_chunks(file)
+        elif BZ2_MAGIC.match(magic):
+            yield from _stream_chunks(file, bz2.BZ2Decompressor)
         elif magic.startswith(XZ_MAGIC):
-            with lzma.LZMAFile(file) as plain:
-                yield from _read(plain)
+            yield from _stream_chunks(file, lzma.LZMADecompressor)
         elif suffix := next((suffix for suffix in PACKED_SUFFIXES if path.name.lower().endswith(suffix)), None):
             raise DataError(
                 f"{path}: its name says compressed, and it is not (a saved error page?): copy it again, or take "
                 f"{suffix} off its name"
             )
         else:
-            yield from _read(file)
+            while chunk := file.read(READ_BYTES):
+                yield chunk
     except (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # not the file's own fault; bz2 knows no other error for damage
         raise DataError(f"{path}: truncated or damaged ({error}); copy it again") from None
 
 
-def _read(file: IO[bytes]) -> Iterator[bytes]:
-    while chunk := file.read(READ_BYTES):
-        yield chunk
+def _stream_chunks(
+    file: IO[bytes], fresh: Callable[[], bz2.BZ2Decompressor | lzma.LZMADecompressor]
+) -> Iterator[bytes]:
+    """The streams of a file, decompressed. Python's BZ2File and LZMAFile take a damaged second one for the end."""
+    stream, begun = fresh(), False
+    while data := file.read(READ_BYTES):
+        if not begun:
+            data = data.lstrip(b"\0")  # padding between streams
+        while data or (begun and not stream.needs_input):
+            chunk, data, begun = stream.decompress(data, CHUNK_BYTES), b"", True
+            if chunk:
+                yield chunk
+            if stream.eof:
+                data, stream, begun = stream.unused_data.lstrip(b"\0"), fresh(), False
+    if begun:
+        raise EOFError("the last stream has no end")
 
 
 def gzip_chunks(stream: IO[bytes]) -> Iterator[bytes]:
@@ -99,17 +113,16 @@ def gzip_chunks(stream: IO[bytes]) -> Iterator[bytes]:
         raise EOFError("the last gzip member has no end")
 
 
-def zstd_chunks(stream: IO[bytes], *, read_bytes: int) -> Iterator[bytes]:
+def zstd_chunks(stream: IO[bytes]) -> Iterator[bytes]:
     """The frames of a file, decompressed; none of the chunks is empty.
 
-    All that is in `read_bytes` of the file comes out at once, and 4 bytes may hold 128 KiB: few, where bombs may come.
     Raises ZstdError for damage, and EOFError where the last frame has no end, which zstandard's stream_reader takes for
     a good one.
     """
     decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
     frame = decompressor.decompressobj()
     at_frame_end = False
-    while data := stream.read(read_bytes):
+    while data := stream.read(ZSTD_READ_BYTES):
         while data:
             if chunk := frame.decompress(data):
                 yield chunk
@@ -119,3 +132,25 @@ def zstd_chunks(stream: IO[bytes], *, read_bytes: int) -> Iterator[bytes]:
                 frame = decompressor.decompressobj()
     if not at_frame_end:
         raise EOFError("the last zstd frame has no end")
+
+
+class ChunkFile(io.RawIOBase):
+    """Chunks as a file that can be read once."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks = chunks
+        self._rest = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._rest:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                return 0
+            self._rest = memoryview(chunk)
+        count = min(len(buffer), len(self._rest))
+        buffer[:count] = self._rest[:count]
+        self._rest = self._rest[count:]
+        return count

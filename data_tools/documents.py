@@ -1,4 +1,4 @@
-"""Documents out of text and JSON-lines files, plain, .gz or .zst, in a fixed order and with bounded memory.
+"""Documents out of text and JSON-lines files, plain or packed, in a fixed order and with bounded memory.
 
 Nothing is skipped silently: a damaged file stops the reading with its name (and line), and a document that
 has no UTF-8 (JSON can spell lone surrogates) is handed on marked as not valid, for the consumer to count.
@@ -6,27 +6,23 @@ has no UTF-8 (JSON can spell lone surrogates) is handed on marked as not valid, 
 
 import codecs
 import glob
-import gzip
 import hashlib
 import itertools
 import json
 import sys
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import zstandard
 from tqdm import tqdm
 
-from data_tools.compression import zstd_chunks
+from data_tools.compression import PACKED_SUFFIXES, unpacked
 from llamatrain.errors import ConfigError, DataError
 from llamatrain.files import sha256_of_json
 
 FORMATS = ("auto", "text", "jsonl")
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
-CHUNK_BYTES = 1 << 17  # of the file; a chunk of zstd may grow a hundredfold
 HASHED_WHOLE = 16 << 20  # bytes; of larger files, blocks are hashed
 SAMPLED_BLOCKS = 64
 SAMPLED_BLOCK_BYTES = 64 << 10
@@ -141,6 +137,15 @@ def differing_keys(identity: dict[str, Any], found: dict[str, Any]) -> list[str]
     return [key for key in known if found.get(key) != identity[key]]
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """What is noted beside a model of how it was made; empty where nothing tells."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def content_sample(file: InputFile) -> str:
     """SHA-256 of a file up to HASHED_WHOLE bytes, and of SAMPLED_BLOCKS evenly spread blocks of a larger one.
 
@@ -189,33 +194,12 @@ class Corpus:
             self._bytes_done += file.size
 
     def _documents_of(self, file: InputFile, stream: IO[bytes]) -> Iterator[Document]:
-        chunks = _decompressed(file, stream)
-        is_jsonl = file.path.name.removesuffix(".gz").removesuffix(".zst").endswith(JSONL_SUFFIXES)
+        chunks = unpacked(stream, file.path)
+        name = file.path.stem if file.path.suffix in PACKED_SUFFIXES else file.path.name
+        is_jsonl = name.endswith(JSONL_SUFFIXES)
         if self.options.format == "jsonl" or (self.options.format == "auto" and is_jsonl):
             return _jsonl_documents(file, chunks, self.options)
         return _text_documents(file, chunks, self.options.document_separator)
-
-
-def _decompressed(file: InputFile, stream: IO[bytes]) -> Iterator[bytes]:
-    try:
-        if file.path.suffix == ".gz":
-            yield from _gzip_chunks(stream)
-        elif file.path.suffix == ".zst":
-            yield from zstd_chunks(stream, read_bytes=CHUNK_BYTES)
-        else:
-            while chunk := stream.read(CHUNK_BYTES):
-                yield chunk
-    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
-        raise DataError(f"{file.path}: truncated or damaged ({error}); copy it again") from None
-
-
-def _gzip_chunks(stream: IO[bytes]) -> Iterator[bytes]:
-    if not stream.read(1):
-        raise EOFError("the file is empty")
-    stream.seek(0)
-    with gzip.open(stream) as decompressed:
-        while chunk := decompressed.read(CHUNK_BYTES):
-            yield chunk
 
 
 def _jsonl_documents(file: InputFile, chunks: Iterator[bytes], options: ReadOptions) -> Iterator[Document]:

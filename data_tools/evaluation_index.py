@@ -1,7 +1,7 @@
 """Evaluation sets as a table of hashed n-grams, to find their examples in training text.
 
-A set is a file (or a pattern of files) of examples: JSON lines, JSON, CSV, TSV, or text with an example a line; plain,
-.gz or .zst. Of an example the named fields are taken, each by itself: a question and its answer seldom stand together
+A set is a file (or a pattern of files) of examples: JSON lines, JSON, CSV, TSV, or text with an example a line; plain
+or packed. Of an example the named fields are taken, each by itself: a question and its answer seldom stand together
 in a page as in the file. Words are those of `dedup.shingles`: letters and digits in lower case, without accents,
 whatever stands between them.
 
@@ -12,20 +12,20 @@ puts before it ("Question:") would hide it: such labels are stripped, and a set 
 
 import csv
 import glob
-import gzip
 import io
 import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import zstandard
 from numpy.typing import NDArray
 
+from data_tools.compression import PACKED_SUFFIXES, ChunkFile, unpacked
 from data_tools.dedup.shingles import Hashes, word_hashes
 from llamatrain.errors import ConfigError, DataError
 
@@ -175,12 +175,12 @@ def read_examples(evaluation_set: EvaluationSet) -> Iterator[list[str]]:
     named = False
     for path in paths:
         try:
-            with _open(path) as file:
+            with _opened(path) as file:
                 for example in _examples(file, path, evaluation_set):
                     texts = [_stripped(text, evaluation_set.strip) for value in example for text in _texts(value)]
                     named = named or bool(texts)
                     yield texts
-        except (OSError, EOFError, UnicodeDecodeError, ValueError, csv.Error, zstandard.ZstdError) as error:
+        except (OSError, ValueError, csv.Error) as error:
             raise DataError(f"{path}: cannot be read as evaluation set {evaluation_set.name} ({error})") from error
     if not named:
         raise ConfigError(
@@ -189,13 +189,11 @@ def read_examples(evaluation_set: EvaluationSet) -> Iterator[list[str]]:
         )
 
 
-def _open(path: Path) -> IO[str]:
-    if path.suffix == ".zst":
-        stream = zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), closefd=True)  # noqa: SIM115
-        return io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-    return open(path, encoding="utf-8-sig", newline="")
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[str]]:
+    with open(path, "rb") as packed:
+        plain = io.BufferedReader(ChunkFile(unpacked(packed, path)))
+        yield io.TextIOWrapper(plain, encoding="utf-8-sig", newline="")
 
 
 def _format(path: Path, evaluation_set: EvaluationSet) -> str:
@@ -203,7 +201,7 @@ def _format(path: Path, evaluation_set: EvaluationSet) -> str:
         raise ConfigError(f"format={evaluation_set.format}: choose one of {', '.join(FORMATS)}")
     if evaluation_set.format != "auto":
         return evaluation_set.format
-    plain = path.with_suffix("") if path.suffix in (".gz", ".zst") else path
+    plain = path.with_suffix("") if path.suffix in PACKED_SUFFIXES else path
     if plain.suffix not in SUFFIXES:
         raise ConfigError(f"{path}: set the format of the evaluation set {evaluation_set.name}: {', '.join(FORMATS)}")
     return SUFFIXES[plain.suffix]

@@ -10,7 +10,6 @@ page becomes one line with the words on either side of each break glued. `newlin
     glue  as cc_net: needed with its own models and cut-offs
 """
 
-import json
 import re
 import unicodedata
 from collections.abc import Callable
@@ -127,15 +126,6 @@ def load_ngrams(path: Path) -> Any:
         return kenlm.Model(str(path), config)
     except (OSError, RuntimeError, ValueError) as error:
         raise DataError(f"{path}: not a model KenLM reads ({' '.join(str(error).split())})") from None
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """How a model was made; empty where nothing tells."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def check_newlines(newlines: str) -> None:

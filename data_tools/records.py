@@ -3,6 +3,7 @@
 Everything a source reads ends as one of the two, so that the ledger adds up: records in = records out + dropped.
 """
 
+import builtins
 from dataclasses import dataclass, field
 
 SAMPLE_CHARACTERS = 500  # of a dropped document, kept for eyes
@@ -34,3 +35,9 @@ class Dropped:
     def of(cls, record: Record, reason: str) -> "Dropped":
         size = len(record.text.encode("utf-8", "surrogatepass"))
         return cls(reason, record.id, size, record.text[:SAMPLE_CHARACTERS])
+
+    @classmethod
+    def of_bytes(cls, reason: str, id: str, data: builtins.bytes, *, size: int | None = None) -> "Dropped":
+        """What is no text yet; `size`: of all of it, where `data` is its beginning."""
+        text = data[: 4 * SAMPLE_CHARACTERS].decode("utf-8", "replace")[:SAMPLE_CHARACTERS]
+        return cls(reason, id, len(data) if size is None else size, text)

@@ -26,7 +26,7 @@ from data_tools.sources.wikipedia import FORMAT
 from data_tools.sources.xml_records import Header, xml_records
 from llamatrain.cli import run_command
 from llamatrain.errors import ConfigError, DataError
-from llamatrain.files import fsync_path
+from llamatrain.files import written_atomically
 
 COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 REF = re.compile(r"""<ref(\s(?:[^<>"']|"[^"<\n]*"|'[^'<\n]*'|["'])*+)?>""", re.IGNORECASE)
@@ -106,7 +106,6 @@ def reference_urls(settings: ReferenceUrlsSettings) -> None:
     counts = dict.fromkeys(("pages", "articles", "references", "urls"), 0)
     digests = array("Q")
     found = output.with_name(f".{output.name}.{os.getpid()}.found.tmp")
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with open(found, "wb") as all_of_them, tqdm(desc="references", unit=" urls", mininterval=1) as bar:
@@ -115,17 +114,12 @@ def reference_urls(settings: ReferenceUrlsSettings) -> None:
                 digests.append(int.from_bytes(hashlib.blake2b(line, digest_size=8).digest(), "big"))
                 all_of_them.write(line + b"\n")
                 bar.update()
-        with open(temporary, "wb") as file:
+        with written_atomically(output) as file:
             different = _keep_first(found, digests, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, output)
-        fsync_path(output.parent)
     except OSError as error:
         raise DataError(f"{output}: cannot be written ({error.strerror})") from None
     finally:
         found.unlink(missing_ok=True)
-        temporary.unlink(missing_ok=True)
     counts["urls"] = len(digests)
     print(", ".join(f"{name} {count:,}" for name, count in counts.items()))
     print(f"wrote {different:,} different addresses to {output}")

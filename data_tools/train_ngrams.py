@@ -13,7 +13,6 @@ the filter takes it, and every process loads it at once instead of in half a min
 """
 
 import gzip
-import io
 import os
 import re
 import shutil
@@ -26,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sentencepiece
 
 from data_tools.documents import (
     Corpus,
@@ -36,6 +34,7 @@ from data_tools.documents import (
     find_inputs,
     input_list,
     inputs_identity,
+    read_record,
 )
 from data_tools.encoding import is_held_out
 from data_tools.kneser_ney import BEGIN, END, SPECIAL_WORDS, estimate, write_arpa
@@ -48,9 +47,8 @@ from data_tools.language_model import (
     load_pieces,
     normalised_lines,
     page_scorer,
-    read_record,
 )
-from data_tools.train_tokenizer import LineSample, usable_pieces
+from data_tools.train_tokenizer import LineSample, train_pieces, usable_pieces
 from llamatrain.cli import run_command
 from llamatrain.errors import ConfigError, DataError
 from llamatrain.files import sha256_of_file, write_bytes_atomically, write_json_atomically
@@ -162,29 +160,8 @@ def _train_pieces(lines: list[bytes], settings: TrainNgramsSettings) -> bytes:
     for line in lines:
         for piece in usable_pieces(line.decode()):
             sample.add(piece)
-    model = io.BytesIO()
-    sentencepiece.set_random_generator_seed(settings.seed)
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sample.lines()),
-            model_writer=model,
-            vocab_size=settings.vocab_size,
-            character_coverage=settings.character_coverage,
-            minloglevel=2,
-            **PIECES,
-        )
-    except RuntimeError as error:
-        raise _explained(str(error), settings) from None
-    return model.getvalue()
-
-
-def _explained(message: str, settings: TrainNgramsSettings) -> DataError:
-    if too_large := re.search(r"set it to a value <= (\d+)", message):
-        return DataError(
-            f"vocab_size={settings.vocab_size} is more than this text can fill: give more text, "
-            f"or set vocab_size={too_large[1]} or less"
-        )
-    return DataError(f"SentencePiece refused vocab_size={settings.vocab_size} for this text: {message}")
+    options = {**PIECES, "character_coverage": settings.character_coverage}
+    return train_pieces(sample.lines(), options, vocab_size=settings.vocab_size, seed=settings.seed)
 
 
 def _count_and_write(lines: list[bytes], pieces: Path, ngrams: Path, settings: TrainNgramsSettings) -> None:

@@ -18,7 +18,6 @@ the same, which a high rate can do too, training is tried again at half the rate
 
 import ctypes
 import hashlib
-import json
 import os
 import sys
 from array import array
@@ -40,6 +39,7 @@ from data_tools.documents import (
     find_inputs,
     input_list,
     inputs_identity,
+    read_record,
 )
 from data_tools.fasttext_model import LABEL, fasttext_module, one_line
 from data_tools.filters.quality import NEGATIVE, POSITIVE, QualitySettings, quality_score
@@ -197,10 +197,7 @@ def _is_there_already(model: Path, identity: dict[str, Any], *, overwrite: bool)
     """True: the same model is there. Raises DataError when another one is, unless it may be replaced."""
     if not model.exists():
         return False
-    try:
-        record = json.loads(_record_of(model).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        record = {}
+    record = read_record(_record_of(model))
     differing = [key for key, value in identity.items() if record.get(key) != value]
     if not differing and record.get("sha256") == sha256_of_file(model):
         return True

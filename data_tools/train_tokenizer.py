@@ -9,10 +9,9 @@ The same input and settings give the same model, byte for byte.
 
 import heapq
 import io
-import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from data_tools.documents import (
     find_inputs,
     input_list,
     inputs_identity,
+    read_record,
 )
 from llamatrain.cli import run_command
 from llamatrain.errors import ConfigError, DataError
@@ -190,35 +190,36 @@ def _pieces(text: str, counts: LineCounts) -> Iterator[bytes]:
         yield from pieces
 
 
-def _train(lines: list[bytes], settings: TrainTokenizerSettings) -> bytes:
+def train_pieces(lines: Iterable[bytes], options: Mapping[str, Any], *, vocab_size: int, seed: int) -> bytes:
+    """A SentencePiece model's file. Raises DataError, saying which vocab_size would do."""
     model = io.BytesIO()
-    sentencepiece.set_random_generator_seed(settings.seed)
+    sentencepiece.set_random_generator_seed(seed)
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines),
             model_writer=model,
-            vocab_size=settings.vocab_size,
+            vocab_size=vocab_size,
             minloglevel=2,
-            **LLAMA_SETTINGS,
+            **options,
         )
     except RuntimeError as error:
-        raise _explained(str(error), settings) from None
+        raise _explained(str(error), vocab_size) from None
     return model.getvalue()
 
 
-def _explained(message: str, settings: TrainTokenizerSettings) -> DataError:
+def _explained(message: str, vocab_size: int) -> DataError:
     if too_large := re.search(r"set it to a value <= (\d+)", message):
         return DataError(
-            f"vocab_size={settings.vocab_size} is more than this corpus can fill: give more text, "
+            f"vocab_size={vocab_size} is more than this text can fill: give more text, "
             f"or set vocab_size={too_large[1]} or less"
         )
     if re.search(r"smaller than required_chars", message):
         required = max(int(number) for number in re.findall(r"\d+", message.rpartition("required_chars")[2]))
         return DataError(
-            f"vocab_size={settings.vocab_size} has no room for the bytes and characters of this corpus: "
+            f"vocab_size={vocab_size} has no room for the bytes and characters of this text: "
             f"set vocab_size={required} or more"
         )
-    return DataError(f"SentencePiece refused the corpus: {message}")
+    return DataError(f"SentencePiece refused vocab_size={vocab_size} for this text: {message}")
 
 
 def _is_there_already(directory: Path, identity: dict[str, Any], *, overwrite: bool) -> bool:
@@ -226,7 +227,7 @@ def _is_there_already(directory: Path, identity: dict[str, Any], *, overwrite: b
     model, record = directory / TOKENIZER_FILE, directory / RECORD_FILE
     if not model.exists():
         return False
-    found = _read_record(record)
+    found = read_record(record)
     differing = differing_keys(identity, found)
     if not differing and found.get("sha256") == sha256_of_file(model):
         return True
@@ -234,14 +235,6 @@ def _is_there_already(directory: Path, identity: dict[str, Any], *, overwrite: b
         return False
     what = f"made with another {', '.join(differing)}" if differing else "altered since it was made"
     raise DataError(f"{model}: there is a tokenizer {what}; set overwrite=true to replace it, or another output")
-
-
-def _read_record(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def train_tokenizer(settings: TrainTokenizerSettings) -> None:
@@ -274,7 +267,7 @@ def train_tokenizer(settings: TrainTokenizerSettings) -> None:
     print(f"training {settings.vocab_size} pieces on {counts.sampled_bytes:,} bytes", flush=True)
     try:
         directory.mkdir(parents=True, exist_ok=True)  # before the work: it may be refused
-        model = _train(lines, settings)
+        model = train_pieces(lines, LLAMA_SETTINGS, vocab_size=settings.vocab_size, seed=settings.seed)
         write_bytes_atomically(directory / TOKENIZER_FILE, model)
         record = {**identity, "sha256": sha256_of_file(directory / TOKENIZER_FILE), "counts": asdict(counts)}
         write_json_atomically(directory / RECORD_FILE, record)

@@ -22,10 +22,8 @@ last. They need about 1.4 bytes a byte of text, and can be deleted when the remo
 """
 
 import json
-import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -37,7 +35,7 @@ from data_tools.dedup.shingles import Hashes, sample, shared, shingles, signatur
 from data_tools.progress import advance_share
 from data_tools.records import Dropped, Record
 from llamatrain.errors import ConfigError, DataError
-from llamatrain.files import write_json_atomically
+from llamatrain.files import write_json_atomically, written_atomically
 
 Pairs = NDArray[np.int64]  # [pairs, 2]: numbers of the books over all stems, the longer first
 Numbers = NDArray[np.int64]
@@ -100,7 +98,7 @@ def sketch(records: Iterable[Record], stem: Path, settings: NearSettings) -> lis
     books: list[dict[str, Any]] = []
     signatures, samples = [], []
     files = _files(stem)
-    with _written(files[0]) as file:
+    with written_atomically(files[0]) as file:
         file.write(b"\0" * NPY_HEADER_BYTES)
         for record in records:
             hashes = shingles(record.text, settings.shingle_words)
@@ -109,7 +107,7 @@ def sketch(records: Iterable[Record], stem: Path, settings: NearSettings) -> lis
             samples.append(sample(hashes, settings.sample_one_in))
             books.append({"id": record.id, "characters": len(record.text), "shingles": len(hashes)})
         _write_npy_header(file, sum(book["shingles"] for book in books))
-    with _written(files[1]) as file:
+    with written_atomically(files[1]) as file:
         np.savez(
             file,
             signatures=np.stack(signatures) if books else np.empty((0, settings.permutations), dtype=np.uint32),
@@ -266,21 +264,6 @@ def _files(stem: Path) -> list[Path]:
 def _made_with(settings: NearSettings) -> dict[str, int]:
     names = ("shingle_words", "permutations", "sample_one_in")
     return {name: getattr(settings, name) for name in names}
-
-
-@contextmanager
-def _written(path: Path) -> Iterator[IO[bytes]]:
-    """A file that appears under its name when it is whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _write_npy_header(file: IO[bytes], count: int) -> None:

@@ -6,18 +6,17 @@ the documents alone.
 
 import hashlib
 import math
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import zstandard
 
 from data_tools.progress import advance
 from data_tools.records import Record
 from llamatrain.errors import ConfigError, DataError
-from llamatrain.files import fsync_path
+from llamatrain.files import written_atomically
 
 ZSTD_LEVEL = 3
 READ_BYTES = 1 << 18  # a chunk of zstd may grow a hundredfold
@@ -36,10 +35,8 @@ def orjson() -> Any:
 class HashedFile:
     """A file being written, and what the ledger says of it."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        self._file = open(self.temporary, "wb")  # noqa: SIM115 - closed by commit and discard
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self.path, self._file = path, file
         self._sha256 = hashlib.sha256()
         self._bytes = 0
 
@@ -47,17 +44,6 @@ class HashedFile:
         self._sha256.update(data)
         self._bytes += len(data)
         return self._file.write(data)
-
-    def commit(self) -> None:
-        with self._file:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        os.replace(self.temporary, self.path)
-        fsync_path(self.path.parent)
-
-    def discard(self) -> None:
-        self._file.close()
-        self.temporary.unlink(missing_ok=True)
 
     def described(self, output: Path) -> dict[str, Any]:
         name = self.path.relative_to(output).as_posix()
@@ -70,13 +56,8 @@ def whole_file(path: Path) -> Iterator[HashedFile]:
     path.parent.mkdir(parents=True, exist_ok=True)
     for left_over in path.parent.glob(f".{path.name}.*.tmp"):
         left_over.unlink(missing_ok=True)
-    file = HashedFile(path)
-    try:
-        yield file
-        file.commit()
-    except BaseException:
-        file.discard()
-        raise
+    with written_atomically(path) as file:
+        yield HashedFile(path, file)
 
 
 class DocumentWriter:

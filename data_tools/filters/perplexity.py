@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data_tools.documents import read_record
 from data_tools.language_model import (
     NGRAM_SUFFIXES,
     PIECES_SUFFIX,
@@ -23,7 +24,6 @@ from data_tools.language_model import (
     check_newlines,
     kenlm_module,
     page_scorer,
-    read_record,
 )
 from data_tools.records import Dropped, Record
 from llamatrain.errors import ConfigError, DataError

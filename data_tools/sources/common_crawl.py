@@ -70,8 +70,7 @@ def read(path: Path, name: str, settings: CommonCrawlSettings) -> Iterator[Recor
     for item in warc_records(path, max_block_bytes=settings.max_record_bytes):
         identifier = f"{name}#{item.number}"
         if isinstance(item, Broken):
-            sample = item.beginning.decode("utf-8", "replace")
-            yield Dropped(item.reason, identifier, item.length, sample[:SAMPLE_CHARACTERS])
+            yield Dropped.of_bytes(item.reason, identifier, item.beginning, size=item.length)
             continue
         kind = item.headers.get("warc-type", "").lower()
         if kind in PAGE_TYPES:

@@ -10,8 +10,8 @@ its package; several must all be permitted. What a file's own header says counts
 in an MIT package is dropped.
 
 Then, as RedPajama does in other order and bigcode in part: licence and copyright headers are removed (without touching
-code: data_tools.cleaning.code_headers), and files dropped that people did not write. `dedup_key` is of what is left,
-so that files that differ in their header alone are one.
+code: data_tools.cleaning.code_headers), and files dropped that people did not write. Exact copies are looked for in
+what is left, so that files that differ in their header alone are one.
 
 Dropped as: extension, licence_file, licence (not permitted), licence_unknown, licence_of_file (its header's),
 no_content (null in BigQuery: binary or too large), too_large, binary (zero bytes), broken_encoding (no UTF-8), empty,
@@ -20,7 +20,6 @@ mostly_comments, too_short, too_long; link, package_metadata (of Python); and as
 """
 
 import functools
-import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -102,11 +101,6 @@ def read(path: Path, name: str, settings: GithubSettings) -> Iterator[Record | D
     else:
         depth = len(PurePosixPath(name).parts)
         yield _tree_file(path, name, path.parents[min(depth, len(path.parents)) - 1], layout, settings)
-
-
-def dedup_key(record: Record) -> bytes:
-    """16 bytes that two files share if and only if their cleaned text is the same."""
-    return hashlib.blake2b(record.text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def _layout_of(path: Path, settings: GithubSettings) -> str:
@@ -227,9 +221,7 @@ def _from_bytes(
     except UnicodeDecodeError:
         reason = reason or "broken_encoding"
     if reason is not None:
-        return Dropped(
-            reason, identifier, len(content), content[: 4 * SAMPLE_CHARACTERS].decode("utf-8", "replace")[:500]
-        )
+        return Dropped.of_bytes(reason, identifier, content)
     return _document(text, identifier, licence, provenance, settings)
 
 

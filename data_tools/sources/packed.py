@@ -23,9 +23,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
-from data_tools.compression import unpacked
+from data_tools.compression import ChunkFile, unpacked
 from data_tools.progress import advance, opened
-from data_tools.records import SAMPLE_CHARACTERS, Dropped
+from data_tools.records import Dropped
 from llamatrain.errors import DataError
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -63,7 +63,7 @@ def json_lines(path: Path, name: str, max_bytes: int) -> Iterator[tuple[int, dic
         with opened(path) as file:
             for number, (line, size) in enumerate(_lines(_chunks(file, path), max_bytes), start=1):
                 if size > max_bytes:
-                    yield _dropped("too_large", f"{name}:{number}", size, line)
+                    yield Dropped.of_bytes("too_large", f"{name}:{number}", line, size=size)
                 elif line and not line.isspace():
                     yield _json_object(line, f"{name}:{number}", number)
     except DAMAGE as error:
@@ -98,14 +98,14 @@ def _json_object(line: bytes, identifier: str, number: int) -> tuple[int, dict[s
         content = None
     if isinstance(content, dict):
         return number, content
-    return _dropped("broken_json", identifier, len(line), line)
+    return Dropped.of_bytes("broken_json", identifier, line)
 
 
 def _tar_members(
     path: Path, name: str, refused: Refusal, max_bytes: int, share: float
 ) -> Iterator[tuple[str, bytes] | Dropped]:
     with opened(path, share=share) as packed:
-        plain = cast(IO[bytes], io.BufferedReader(_Stream(_chunks(packed, path)), CHUNK_BYTES))
+        plain = cast(IO[bytes], io.BufferedReader(ChunkFile(_chunks(packed, path)), CHUNK_BYTES))
         with tarfile.open(fileobj=plain, mode="r|", tarinfo=_StrictTarInfo, errorlevel=2) as archive:
             for member in archive:
                 archive.members = []  # type: ignore[attr-defined]  # tarfile keeps all it has seen
@@ -182,32 +182,6 @@ def _lines(chunks: Iterator[bytes], max_bytes: int) -> Iterator[tuple[bytes, int
             yield b"".join(pending), size
             pending, size = [other], len(other)
     yield b"".join(pending), size
-
-
-def _dropped(reason: str, identifier: str, size: int, beginning: bytes) -> Dropped:
-    return Dropped(reason, identifier, size, beginning[: 4 * SAMPLE_CHARACTERS].decode("utf-8", "replace")[:500])
-
-
-class _Stream(io.RawIOBase):
-    """Chunks as a file that can be read once."""
-
-    def __init__(self, chunks: Iterator[bytes]) -> None:
-        self._chunks = chunks
-        self._rest = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._rest:
-            chunk = next(self._chunks, None)
-            if chunk is None:
-                return 0
-            self._rest = memoryview(chunk)
-        count = min(len(buffer), len(self._rest))
-        buffer[:count] = self._rest[:count]
-        self._rest = self._rest[count:]
-        return count
 
 
 class _StrictTarInfo(tarfile.TarInfo):

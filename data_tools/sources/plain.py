@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.progress import advance_share
-from data_tools.records import SAMPLE_CHARACTERS, Dropped, Record
+from data_tools.records import Dropped, Record
 from data_tools.sources.packed import json_lines
 from data_tools.sources.streams import bounded_parts, file_chunks
 from llamatrain.errors import ConfigError, DataError
@@ -93,8 +93,7 @@ def _texts(path: Path, name: str, settings: PlainSettings) -> Iterator[Record | 
             text = None
         if size > settings.max_document_bytes or text is None:
             reason = "broken_encoding" if size <= settings.max_document_bytes else "too_large"
-            sample = part[: 4 * SAMPLE_CHARACTERS].decode("utf-8", "replace")
-            yield Dropped(reason, identifier, size, sample[:SAMPLE_CHARACTERS])
+            yield Dropped.of_bytes(reason, identifier, part, size=size)
         else:
             yield _checked(Record(text, identifier, "plain"))
 
@@ -141,7 +140,7 @@ def _value(scalar: Any) -> Any:
 def _document(fields: dict[str, Any], identifier: str, settings: PlainSettings, source: str) -> Record | Dropped:
     text = fields.get(settings.text_field)
     if isinstance(text, bytes):  # of Parquet: no UTF-8
-        return Dropped("broken_encoding", identifier, len(text), text.decode("utf-8", "replace")[:SAMPLE_CHARACTERS])
+        return Dropped.of_bytes("broken_encoding", identifier, text)
     if not isinstance(text, str):
         return Dropped("missing_text", identifier, 0)
     provenance = {name: _label(fields.get(name)) for name in settings.provenance_fields}

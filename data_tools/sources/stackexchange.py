@@ -3,7 +3,7 @@
     https://archive.org/download/stackexchange   a .7z a site; unpack it, Posts.xml is read (also .zst, .gz, .bz2)
 
 "We kept the data from the 28 largest websites, removed the HTML tags from text and sorted the answers by score (from
-highest to lowest)." `largest_sites` picks the sites.
+highest to lowest)." The setting `largest=28` picks the sites.
 
 A site's file is ordered by number, so an answer stands far behind its question, and Stack Overflow has 60 million
 rows: posts go to disk first, into a partition for each range of questions' numbers, and then partition after
@@ -25,7 +25,7 @@ import re
 import struct
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -39,7 +39,6 @@ from llamatrain.errors import ConfigError, DataError
 
 SOURCE = "stackexchange"
 SUFFIXES = ("Posts.xml", "Posts.xml.zst", "Posts.xml.gz", "Posts.xml.bz2")  # beside it lie Users.xml, Votes.xml …
-PAPERS_SITES = 28
 FORMAT = row_format("posts", "row")
 READING = 0.5  # of the work with a file; the rest is joining
 QUESTION, ANSWER = "1", "2"  # PostTypeId
@@ -101,12 +100,6 @@ def read(path: Path, name: str, settings: StackExchangeSettings) -> Iterator[Rec
             advance_share((1 - READING) / count)
     if damage is not None:
         raise damage
-
-
-def largest_sites(paths: Iterable[Path], count: int = PAPERS_SITES) -> list[tuple[Path, int]]:
-    """The files with the most posts and their numbers of rows, largest first. Raises DataError."""
-    rows = [(path, count_rows(path)) for path in paths]
-    return sorted(rows, key=lambda pair: (-pair[1], pair[0].as_posix()))[:count]
 
 
 def count_rows(path: Path) -> int:

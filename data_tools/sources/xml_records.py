@@ -9,25 +9,19 @@ A piece becomes its element, or is dropped as
     too_large    longer than the limit; it is skipped without being held
 """
 
-import bz2
 import codecs
-import gzip
 import itertools
 import re
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, cast
 from xml.etree import ElementTree
 
-import zstandard
-
+from data_tools.compression import unpacked
 from data_tools.progress import opened
 from data_tools.records import SAMPLE_CHARACTERS, Dropped
 from llamatrain.errors import DataError
 
-CHUNK_BYTES = 1 << 20
 OVERLAP_BYTES = 32  # a tag may be cut by the end of a chunk
 DECLARATION_BYTES = 400  # of the beginning that tell the encoding
 MOST_TAGS = 10_000  # of one record
@@ -35,7 +29,7 @@ ARCHIVES = {b"7z\xbc\xaf\x27\x1c": "7z x", b"PK\x03\x04": "unzip"}
 WIDE_MARKS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 _ENCODING = re.compile(rb"""<\?xml[^>]{0,100}?\sencoding\s*=\s*["']([A-Za-z0-9._-]{1,40})["']""")
 _TEXT_ENCODING = re.compile(r"ascii|utf-(?:8|16|32)(?:-[lb]e)?|iso8859-\d+|cp\d+|koi8-[ru]")
-UNREADABLE = (OSError, EOFError, zlib.error, zstandard.ZstdError, UnicodeError)
+UNREADABLE = (OSError, UnicodeError)
 
 
 @dataclass(frozen=True)
@@ -104,8 +98,7 @@ def _element(piece: Piece, name: str) -> ElementTree.Element | Dropped:
 
 
 def _dropped(reason: str, piece: Piece, name: str) -> Dropped:
-    beginning = piece.data[: 4 * SAMPLE_CHARACTERS].decode("utf-8", "replace")[:SAMPLE_CHARACTERS]
-    return Dropped(reason, f"{name}@{piece.offset}", piece.size, beginning)
+    return Dropped.of_bytes(reason, f"{name}@{piece.offset}", piece.data, size=piece.size)
 
 
 def _between(piece: Piece, name: str, form: XmlFormat, ended: bool) -> tuple[bool, list[Header | Dropped]]:
@@ -157,9 +150,9 @@ def _pieces(chunks: Iterator[bytes], form: XmlFormat, limit: int) -> Iterator[Pi
 
 
 def unpacked_chunks(path: Path, *, share: float = 1.0) -> Iterator[bytes]:
-    """The file in pieces, unpacked by what it begins with (bz2, gzip, zstd), in UTF-8 whatever its encoding.
+    """The file in pieces, unpacked, in UTF-8 whatever its encoding.
 
-    Raises DataError for an archive, OSError and its like for damage.
+    Raises DataError for an archive and for damage, UnicodeError for an encoding that is not known or not kept.
     """
     with opened(path, share=share) as file:
         magic = file.read(6)
@@ -167,18 +160,7 @@ def unpacked_chunks(path: Path, *, share: float = 1.0) -> Iterator[bytes]:
             if magic.startswith(mark):
                 raise DataError(f"{path}: an archive; unpack it ({command} {path.name}) and name the XML file in it")
         file.seek(0)
-        with _unpacked(file, magic) as plain:
-            yield from _in_utf8(iter(lambda: plain.read(CHUNK_BYTES), b""))
-
-
-def _unpacked(file: IO[bytes], magic: bytes) -> IO[bytes]:
-    if magic.startswith(b"BZh"):
-        return bz2.BZ2File(file)
-    if magic.startswith(b"\x1f\x8b"):
-        return cast(IO[bytes], gzip.GzipFile(fileobj=file))
-    if magic.startswith(b"\x28\xb5\x2f\xfd"):
-        return zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
-    return file
+        yield from _in_utf8(unpacked(file, path))
 
 
 def _in_utf8(chunks: Iterator[bytes]) -> Iterator[bytes]:

@@ -22,7 +22,7 @@ from data_tools.records import Dropped, Record
 from data_tools.sources import packed
 from data_tools.sources.books import BooksSettings, read
 from llamatrain.errors import DataError
-from tests.real_text import novels, shared_data
+from tests.real_text import needed_data, novels
 
 SETTINGS = BooksSettings()
 BOOK = "THE WHALE\n\nby Somebody\n\n\nCHAPTER I\n\n" + "Call me somebody.  I went to sea.\n\n" * 30 + "THE END"
@@ -313,9 +313,7 @@ def test_json_lines_keep_their_ids_apart_by_file(tmp_path: Path) -> None:
 
 
 def test_real_gutenberg_files() -> None:
-    data = shared_data()
-    if data is None:
-        pytest.skip("no shared data")
+    data = needed_data()
     sizes = {}
     for path in sorted((data / "raw" / "gutenberg").glob("*.txt")):
         (book,) = books(path)
@@ -338,9 +336,7 @@ def test_real_gutenberg_files() -> None:
 
 
 def test_real_novels_keep_every_character() -> None:
-    data = shared_data()
-    if data is None:
-        pytest.skip("no shared data")
+    data = needed_data()
     archive = data / "corpora" / "english_novels" / "english_novels.tar.zst"
     found = list(itertools.islice(read(archive, "english_novels.tar.zst", SETTINGS), 8))
     for book, text in zip(found, novels(archive, 8), strict=True):

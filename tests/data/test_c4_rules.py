@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from data_tools.filters.c4_rules import C4Settings, c4_filter, sentences
 from data_tools.records import Dropped, Record
 from llamatrain.errors import ConfigError
-from tests.real_text import shared_data
+from tests.real_text import needed_data
 
 GOOD = ["The first line has enough words.", "Is the second line a question?", 'He said: "the third one, too."']
 
@@ -243,9 +243,7 @@ def test_sentences_are_in_order_and_lose_nothing_but_white_space(line: str) -> N
 def test_the_rules_on_a_real_archive() -> None:
     pytest.importorskip("fastwarc")
     common_crawl = pytest.importorskip("data_tools.sources.common_crawl")
-    data = shared_data()
-    if data is None:
-        pytest.skip("no shared data")
+    data = needed_data()
     path = data / "raw" / "commoncrawl" / "aut-example.warc.gz"
     pages = [
         item

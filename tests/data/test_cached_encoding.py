@@ -23,7 +23,7 @@ from data_tools.sentencepiece_spec import read_spec
 from data_tools.train_tokenizer import LLAMA_SETTINGS, TrainTokenizerSettings, train_tokenizer
 from llamatrain.errors import DataError
 from llamatrain.tokenizer import SPACE_MARK, Tokenizer
-from tests.real_text import novels, shared_data
+from tests.real_text import needed_data, novels
 
 SPACES = [" ", "  ", "   ", "    ", "\n", "\n\n", "\r\n", "\t", "\v", "\f", "\x85", "\u00a0", "\u2028", "\u3000"]
 MARKS = [SPACE_MARK, SPACE_MARK * 2, f" {SPACE_MARK}", f"{SPACE_MARK} ", f"\n{SPACE_MARK}", "\u2585"]
@@ -226,10 +226,7 @@ def texts_below(directory: Path) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def large_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """LLaMA's settings and size, trained on the novels."""
-    data = shared_data()
-    archive = data / "corpora" / "english_novels" / "english_novels.tar.zst" if data else None
-    if archive is None or not archive.exists():
-        pytest.skip("no shared data here")
+    archive = needed_data() / "corpora" / "english_novels" / "english_novels.tar.zst"
     directory = tmp_path_factory.mktemp("large")
     for number, text in enumerate(novels(archive, 98)):
         (directory / f"{number}.txt").write_text(text)
@@ -241,8 +238,7 @@ def large_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_every_text_of_the_shared_data(tokenizer: Tokenizer, large_tokenizer: Tokenizer) -> None:
-    data = shared_data()
-    assert data is not None
+    data = needed_data()
     for used, directory, least in ((large_tokenizer, data, 400), (tokenizer, data / "raw", 20)):
         encoder, texts = CachedEncoder(used, "uint16"), 0
         for text in texts_below(directory):
@@ -253,8 +249,7 @@ def test_every_text_of_the_shared_data(tokenizer: Tokenizer, large_tokenizer: To
 
 @pytest.mark.slow
 def test_it_is_faster(large_tokenizer: Tokenizer) -> None:
-    data = shared_data()
-    assert data is not None
+    data = needed_data()
     whole_texts = novels(data / "corpora" / "english_novels" / "english_novels.tar.zst", 25)
     texts = [text[start : start + 5000] for text in whole_texts for start in range(0, len(text), 5000)]
 

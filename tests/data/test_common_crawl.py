@@ -25,7 +25,7 @@ from tests.data.wet_writer import (
     wet_page,
     write_archive,
 )
-from tests.real_text import shared_data
+from tests.real_text import needed_data
 
 pytest.importorskip("fastwarc")
 pytest.importorskip("resiliparse")
@@ -308,10 +308,7 @@ def test_settings_that_cannot_work_are_refused(tmp_path: Path) -> None:
 
 
 def real(name: str) -> Path:
-    data = shared_data()
-    if data is None:
-        pytest.skip("no shared data")
-    return data / "raw" / "commoncrawl" / name
+    return needed_data() / "raw" / "commoncrawl" / name
 
 
 def test_a_real_archive_of_299_responses_has_95_pages() -> None:

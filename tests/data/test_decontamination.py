@@ -135,7 +135,8 @@ def test_every_format_is_read(tmp_path: Path) -> None:
     rows = [{"q": {"text": "one"}, "a": ["two", "three"]}, {"q": {"text": "four"}, "a": []}]
     lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
-    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(lines))
+    frames = [zstandard.compress(line) for line in lines.splitlines(keepends=True)]
+    (tmp_path / "a.jsonl.zst").write_bytes(b"".join(frames))
     (tmp_path / "a.json").write_text(json.dumps(rows))
     for name in ("a.jsonl.gz", "a.jsonl.zst", "a.json"):
         examples = list(read_examples(EvaluationSet("x", str(tmp_path / name), ["q.text", "a"])))
@@ -146,6 +147,13 @@ def test_every_format_is_read(tmp_path: Path) -> None:
     assert list(read_examples(EvaluationSet("x", str(tmp_path / "*.tsv"), ["0"]))) == [['say "one'], ["three"]]
     (tmp_path / "a.txt").write_text("one\n\ntwo\n")
     assert list(read_examples(EvaluationSet("x", str(tmp_path / "a.txt")))) == [["one\n"], ["two\n"]]
+
+
+def test_a_set_that_is_cut_short_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(zstandard.compress(b'{"q": "one"}\n{"q": "two"}\n')[:-3])
+    with pytest.raises(DataError, match=r"a\.jsonl\.zst: truncated"):
+        list(read_examples(EvaluationSet("x", str(path), ["q"])))
 
 
 def test_what_is_wrong_with_a_set_is_said(tmp_path: Path) -> None:

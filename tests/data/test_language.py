@@ -19,7 +19,7 @@ from data_tools.fasttext_model import one_line
 from data_tools.filters.language import LanguageSettings, language_filter, language_identifier, shipped_model
 from data_tools.records import Dropped, Record
 from llamatrain.errors import ConfigError, DataError
-from tests.real_text import shared_data
+from tests.real_text import needed_data
 
 ENGLISH = "The house by the river was sold in the spring, and nobody who had lived there ever came back to see it. "
 GERMAN = "Das Haus am Fluss wurde im Frühling verkauft, und niemand, der dort gewohnt hatte, kam je wieder zurück. "
@@ -166,9 +166,7 @@ def test_the_shipped_model_is_found_without_importing_its_package() -> None:
 
 
 def test_the_papers_languages_are_told_apart_on_real_text() -> None:
-    data = shared_data()
-    if data is None:
-        pytest.skip("no shared data")
+    data = needed_data()
     with zipfile.ZipFile(data / "corpora" / "udhr2" / "udhr2.zip") as archive:
         texts = {code: archive.read(f"udhr2/{name}.txt").decode() for code, name in PAPERS_LANGUAGES.items()}
         some = [archive.read(name).decode() for name in archive.namelist()[::6] if name.endswith(".txt")]

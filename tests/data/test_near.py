@@ -18,7 +18,7 @@ from data_tools.dedup.near import NearSettings, Removal, near_duplicate_filter, 
 from data_tools.dedup.shingles import sample, shared, shingles, signature, word_hashes
 from data_tools.records import Dropped, Record
 from llamatrain.errors import ConfigError, DataError
-from tests.real_text import novels, shared_data
+from tests.real_text import needed_data, novels
 
 SETTINGS = NearSettings()
 LETTERS = "abcABCéÉñßжЖ0१가"
@@ -285,9 +285,7 @@ def test_settings_that_cannot_work_are_refused(tmp_path: Path) -> None:
 
 def test_real_novels_and_their_editions(tmp_path: Path) -> None:
     """Eight novels, one cut short, one with the errors of scanning, and three bound in one volume."""
-    data = shared_data()
-    if data is None:
-        pytest.skip("no shared data")
+    data = needed_data()
     texts = novels(data / "corpora" / "english_novels" / "english_novels.tar.zst", 8)
     texts = [text[:400_000] for text in texts]
     books = {f"novel{number}": text.split() for number, text in enumerate(texts)}

@@ -71,6 +71,28 @@ def test_any_packing_is_known_by_its_content(tmp_path: Path, packing: str, reade
     assert [record.text for record in read_all(reader, path)] == [TEXT.decode()]
 
 
+def test_a_text_that_begins_as_bz2_does_is_a_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("BZh is what such files begin with.")
+    assert [record.text for record in read_all("plain", path)] == [path.read_text()]
+
+
+@pytest.mark.parametrize("packing", PACKED)
+def test_of_several_packed_one_after_the_other_all_are_read(tmp_path: Path, packing: str) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(3 * PACKED[packing])
+    assert [record.text for record in read_all("plain", path)] == [3 * TEXT.decode()]
+
+
+@pytest.mark.parametrize("packing", ["gzip", "bz2", "xz", "zstd"])
+def test_damage_where_a_second_one_begins_fails(tmp_path: Path, packing: str) -> None:
+    """Python's own readers of bz2 and xz take it for the end of the file."""
+    path = tmp_path / "a.txt"
+    path.write_bytes(PACKED[packing] + b"\xff" + PACKED[packing][1:])
+    with pytest.raises(DataError, match="truncated or damaged"):
+        read_all("plain", path)
+
+
 @pytest.mark.parametrize("packing", PACKED)
 def test_a_packed_file_that_is_cut_fails(tmp_path: Path, packing: str) -> None:
     path = tmp_path / "a.txt.gz"

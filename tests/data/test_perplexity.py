@@ -18,7 +18,7 @@ from data_tools.records import Dropped, Record
 from data_tools.train_ngrams import TrainNgramsSettings, train_ngrams
 from llamatrain.errors import ConfigError, DataError
 from tests.data.small_language import jumbled, page, small_models, write_pages
-from tests.real_text import novels, shared_data
+from tests.real_text import needed_data, novels
 
 pytest.importorskip("kenlm")
 
@@ -114,9 +114,7 @@ def test_a_bad_text_surprises_more_than_a_good_one(models: Path) -> None:
 
 @pytest.mark.slow
 def test_a_model_of_real_novels_prefers_another_novel_to_its_words_jumbled(tmp_path: Path) -> None:
-    data = shared_data()
-    if data is None:
-        pytest.skip("no shared data")
+    data = needed_data()
     *texts, held_out = novels(data / "corpora" / "english_novels" / "english_novels.tar.zst", 4)
     (french,) = novels(data / "corpora" / "eltec" / "eltec_fra.tar.zst", 1)
     pages = [held_out[start : start + 5000] for start in range(0, 200_000, 5000)]
@@ -230,9 +228,7 @@ def test_a_language_that_the_table_does_not_hold_has_no_cut_off(own_models: Path
 
 
 def test_the_real_table_of_cc_net_is_read() -> None:
-    data = shared_data()
-    if data is None:
-        pytest.skip("no shared data")
+    data = needed_data()
     from data_tools.filters.perplexity import _read_table
 
     table = _read_table(data / "raw" / "commoncrawl" / "cc_net-cutoff.csv", PerplexitySettings())

@@ -17,7 +17,7 @@ from data_tools.sources import c4, plain
 from data_tools.sources.plain import PlainSettings
 from data_tools.sources.streams import bounded_parts
 from llamatrain.errors import ConfigError, DataError
-from tests.real_text import shared_data
+from tests.real_text import needed_data
 
 PACKINGS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
@@ -174,9 +174,7 @@ def test_ready_c4_is_read_as_it_is(tmp_path: Path) -> None:
 
 
 def test_real_documents_are_all_read() -> None:
-    data = shared_data()
-    if data is None:
-        pytest.skip("no shared data")
+    data = needed_data()
     records = [
         item
         for path in sorted((data / "raw" / "jsonl").iterdir())

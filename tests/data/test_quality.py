@@ -19,7 +19,7 @@ from data_tools.train_quality import TrainQualitySettings, train_quality
 from llamatrain.config.build import build
 from llamatrain.errors import ConfigError, DataError
 from tests.data.small_language import write_pages
-from tests.real_text import shared_data
+from tests.real_text import needed_data
 
 fasttext = pytest.importorskip("fasttext")
 if not hasattr(fasttext, "train_supervised"):
@@ -288,9 +288,7 @@ def test_the_addresses_of_a_dump_come_once_each(tmp_path: Path, capsys: pytest.C
 
 
 def test_more_references_of_a_real_dump_are_found_than_redpajama_finds(tmp_path: Path) -> None:
-    data = shared_data()
-    if data is None:
-        pytest.skip("no shared data")
+    data = needed_data()
     dump = data / "raw" / "wikipedia" / "enwiki-pages-articles-shortened.xml.bz2"
     reference_urls(ReferenceUrlsSettings(input=str(dump), output=str(tmp_path / "urls.txt")))
     found = (tmp_path / "urls.txt").read_text().splitlines()

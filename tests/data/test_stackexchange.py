@@ -14,12 +14,15 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_tools import compression
 from data_tools.cleaning.posts_html import MOST_TAGS, post_text
+from data_tools.engine.components import reader_of
+from data_tools.engine.inputs import input_files
+from data_tools.engine.settings import PrepareSettings
 from data_tools.records import Dropped, Record
-from data_tools.sources import xml_records
-from data_tools.sources.stackexchange import SUFFIXES, StackExchangeSettings, count_rows, largest_sites, read
+from data_tools.sources.stackexchange import SUFFIXES, StackExchangeSettings, count_rows, read
 from llamatrain.errors import ConfigError, DataError
-from tests.real_text import shared_data
+from tests.real_text import needed_data
 
 
 def row(number: object, kind: object, body: str, *, parent: object = None, score: object = 0, title: str = "") -> str:
@@ -216,7 +219,7 @@ def test_a_site_packed_as_7z_is_refused_with_the_way_out(tmp_path: Path) -> None
     path.write_bytes(b"7z\xbc\xaf\x27\x1c" + bytes(100))
     assert "unpack it (7z x beer.stackexchange.com.7z)" in until_error(path)[1]
     with pytest.raises(DataError, match="unpack it"):
-        largest_sites([path])
+        count_rows(path)
 
 
 def test_documents_do_not_depend_on_how_the_join_is_divided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,16 +239,13 @@ def test_documents_do_not_depend_on_how_the_join_is_divided(tmp_path: Path, monk
     for ids, buffer in ((1, 1), (7, 500), (1 << 16, 1000), (50, 1 << 20)):
         assert items(path, ids_per_partition=ids, buffer_bytes=buffer, temporary=str(tmp_path)) == expected
     for size in (1, 5, 100):
-        monkeypatch.setattr(xml_records, "CHUNK_BYTES", size)
+        monkeypatch.setattr(compression, "READ_BYTES", size)
         assert items(path) == expected
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]  # the partitions are gone
 
 
-def test_memory_is_bounded_however_far_answers_are_from_their_questions(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_is_bounded_however_far_answers_are_from_their_questions(tmp_path: Path) -> None:
     """RedPajama holds every answer of a site in one dict, and warns of running out of memory."""
-    monkeypatch.setattr(xml_records, "CHUNK_BYTES", 1 << 16)
     path = tmp_path / "Posts.xml"
     body = f"<p>{'words' * 2000}</p>"
     with open(path, "w") as file:
@@ -274,19 +274,25 @@ def test_settings_that_cannot_work_are_refused(tmp_path: Path) -> None:
     assert outcome(items(path, max_document_bytes=100)) == ["too_large"] * 38
 
 
-@pytest.mark.parametrize("chunk_bytes", [7, 1 << 20])
+def largest(count: int, files: Path | list[str], output: Path) -> list[str]:
+    """Names of the files that prepare reads with largest=COUNT."""
+    given = [str(files)] if isinstance(files, Path) else files
+    settings = PrepareSettings(input=given, output=str(output), reader="stackexchange", largest=count)
+    return [file.name for file in input_files(settings, reader_of("stackexchange", {}))]
+
+
+@pytest.mark.parametrize("read_bytes", [7, 1 << 20])
 def test_the_largest_sites_are_picked_by_their_posts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_bytes: int
 ) -> None:
     """By rows, also where a tag lies across two chunks; of equals the first by name."""
-    monkeypatch.setattr(xml_records, "CHUNK_BYTES", chunk_bytes)
-    for name, count in {"a": 3, "b": 40, "c": 7, "d": 7}.items():
-        (tmp_path / name).mkdir()
-        written(tmp_path / name, posts(*(question(n) for n in range(count))), "Posts.xml")
-    paths = [tmp_path / name / "Posts.xml" for name in "dcba"]
-    picked = largest_sites(paths, 3)
-    assert [(path.parent.name, rows) for path, rows in picked] == [("b", 40), ("c", 7), ("d", 7)]
-    assert len(largest_sites(paths)) == 4
+    monkeypatch.setattr(compression, "READ_BYTES", read_bytes)
+    for name, count in {"a": 3, "b": 7, "c": 40, "d": 7}.items():
+        (tmp_path / "dumps" / name).mkdir(parents=True)
+        written(tmp_path / "dumps" / name, posts(*(question(n) for n in range(count))), "Posts.xml")
+    assert largest(3, tmp_path / "dumps", tmp_path / "out") == ["b/Posts.xml", "c/Posts.xml", "d/Posts.xml"]
+    assert largest(2, tmp_path / "dumps", tmp_path / "out") == ["b/Posts.xml", "c/Posts.xml"]
+    assert largest(4, tmp_path / "dumps", tmp_path / "out")[0] == "a/Posts.xml"
 
 
 HTML = {
@@ -343,11 +349,7 @@ def test_any_mixture_of_tags_is_read(parts: list[str]) -> None:
 
 
 def real(name: str) -> Path:
-    data = shared_data()
-    path = data / "raw" / "stackexchange" / name if data else None
-    if path is None or not path.exists():
-        pytest.skip("no shared data")
-    return path
+    return needed_data() / "raw" / "stackexchange" / name
 
 
 SAMPLES = {
@@ -373,6 +375,6 @@ def test_real_sites(name: str) -> None:
         assert "for a certified Espresso:\n\n- Water pressure: 9 bar ± 1\n- Percolation time" in texts["296"]
 
 
-def test_the_largest_of_the_real_sites() -> None:
-    paths = [real(name) for name in SAMPLES]
-    assert [path.name.partition(".")[0] for path, _ in largest_sites(paths, 2)] == ["beer", "meta"]
+def test_the_largest_of_the_real_sites(tmp_path: Path) -> None:
+    names = largest(2, [str(real(name)) for name in SAMPLES], tmp_path)
+    assert [name.partition(".")[0] for name in names] == ["beer", "meta"]

@@ -11,11 +11,11 @@ from xml.sax.saxutils import escape
 import pytest
 import zstandard
 
+from data_tools import compression
 from data_tools.records import Dropped, Record
-from data_tools.sources import xml_records
 from data_tools.sources.wikipedia import SUFFIXES, WikipediaSettings, read
 from llamatrain.errors import ConfigError, DataError
-from tests.real_text import shared_data
+from tests.real_text import needed_data
 
 NAMESPACES = {0: "", 1: "Talk", 6: "File", 14: "Category"}
 
@@ -275,7 +275,7 @@ def test_damage_inside_a_packed_file_fails_the_file(tmp_path: Path) -> None:
     path = tmp_path / "x.xml.bz2"
     path.write_bytes(packed)
     found, message = until_error(path)
-    assert len(found) >= 1 and "fetch it again" in message
+    assert len(found) >= 1 and "copy it again" in message
 
 
 CODEC = b'<?xml version="1.0" encoding="zip"?><mediawiki></mediawiki>'  # of Python, of bytes to bytes
@@ -310,17 +310,13 @@ def test_pages_do_not_depend_on_where_the_file_is_cut_for_reading(
     path = tmp_path / "x.xml"
     path.write_bytes((header() + ARTICLES[0] + BROKEN["no end"] + ARTICLES[3] + FOOTER + DUMP).encode("utf-16"))
     expected = items(path)
-    monkeypatch.setattr(xml_records, "CHUNK_BYTES", size)
+    monkeypatch.setattr(compression, "READ_BYTES", size)
     assert items(path) == expected
     assert len(expected) == 3 + 7  # a second dump behind the first is read with its own header
 
 
 def real(name: str) -> Path:
-    data = shared_data()
-    path = data / "raw" / "wikipedia" / name if data else None
-    if path is None or not path.exists():
-        pytest.skip("no shared data")
-    return path
+    return needed_data() / "raw" / "wikipedia" / name
 
 
 MARKUP = ("[[", "]]", "{|", "|}", "''", "<ref", "<!--", "&nbsp;", "thumb|", "File:", "Category:", "__NOTOC__", "\n=")
