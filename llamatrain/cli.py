@@ -61,9 +61,8 @@ def run_command(schema: type[T], config_name: str, function: Callable[[T], None]
     """Compose conf/<config_name>.yaml with the command line into `schema`, call `function`, exit with its status.
 
     The groups to choose from are the folders beside that file; --help shows `help_text` and what `help_page` adds to
-    it. A LlamatrainError is printed as one line (with the
-    traceback if LLAMATRAIN_TRACEBACK=1) and sets the exit code; any other exception is a defect and shows its
-    traceback. Under --multirun each job gets a run directory of its own, named by what the sweep changes.
+    it. A LlamatrainError is printed as one line (with the traceback if LLAMATRAIN_TRACEBACK=1) and sets the exit code;
+    any other exception is a defect. Under --multirun each job gets a run directory of its own, named by its changes.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us instead of being printed by Hydra
     if sys.argv[1:] in (["-sc", "install=bash"], ["--shell-completion", "install=bash"]):
@@ -75,6 +74,10 @@ def run_command(schema: type[T], config_name: str, function: Callable[[T], None]
     ConfigStore.instance().store(name="defaults", node=OmegaConf.create(plain(schema())))
     directory = (config_directory() / config_name).parent
     groups = {path.name for path in directory.iterdir() if path.is_dir()}
+    for argument in sys.argv[1:]:
+        group, _, choice = argument.partition("=")
+        if group in groups and (choice in ("", "null") or "/" in choice or choice.endswith(".yaml")):
+            _fail(_no_choice(group, choice, directory), ConfigError.exit_code)
     sys.argv[1:] = command_line(sys.argv[1:], groups=groups, texts=text_keys(schema))
     printing, resolved = "--cfg" in sys.argv or "-c" in sys.argv, "--resolve" in sys.argv
     if printing and "job" in sys.argv:  # Hydra would print what the schema refuses
@@ -130,8 +133,8 @@ def config_directory() -> Path:
 def command_line(arguments: list[str], *, groups: set[str], texts: set[str]) -> list[str]:
     """Flags first, then Hydra's own settings, then overrides as forced ones; choices of a group stay as they are.
 
-    Values of the settings in `texts` are texts even if they look like numbers, and so is what Hydra's grammar does
-    not take.
+    Values of the settings in `texts` and names of choices are texts even if they look like numbers, and so is what
+    Hydra's grammar does not take.
     """
     if any(argument in ("-sc", "--shell-completion") for argument in arguments):
         return arguments
@@ -141,9 +144,8 @@ def command_line(arguments: list[str], *, groups: set[str], texts: set[str]) -> 
     for argument in arguments:
         key, equals, value = argument.partition("=")
         plain_override = re.fullmatch(r"[A-Za-z_][\w.\-]*", key) and equals
-        looks_plain = _is_understood(argument) and not (
-            is_sweep(argument) or (key in texts and value != "null" and value[:1] not in "'\"[")
-        )
+        text = (key in texts and value != "null" and value[:1] not in "'\"[") or (key in groups and value.isdecimal())
+        looks_plain = _is_understood(argument) and not (is_sweep(argument) or text)
         if plain_override and not looks_plain and not (sweeping and is_sweep(argument)):
             argument = f"{key}={_quoted(value)}"
         if plain_override and key not in groups and key.partition(".")[0] != "hydra":
@@ -227,13 +229,23 @@ def _choices(folder: Path) -> dict[str, str]:
     return found
 
 
+def _no_choice(group: str, given: str, directory: Path) -> str:
+    """What a group takes, said to somebody who gave it nothing, or a path."""
+    return (
+        f"{group}={given}: {group} takes the name of one of {', '.join(_choices(directory / group))}; a file of your "
+        f"own, DIRECTORY/{group}/NAME.yaml, is chosen by --config-dir DIRECTORY {group}=NAME, and a setting of it is "
+        f"{group}.SETTING=VALUE"
+    )
+
+
 def _missing_option(error: MissingConfigException, directory: Path) -> str:
     wanted = (error.missing_cfg_file or "").replace("\\", "/")
     group, _, option = wanted.rpartition("/")
     options = error.options or []
     if not group or not options:
         return str(error).splitlines()[0]
-    nearest = difflib.get_close_matches(option.lower(), options, n=1)
+    longer = [name for name in options if name.startswith(option.lower())]
+    nearest = longer or difflib.get_close_matches(option.lower(), options, n=1)
     hint = f"did you mean {group}={nearest[0]}? " if nearest else ""
     folder = (Path("conf") / directory.relative_to(config_directory()) / group).as_posix()
     return f"{group}={option}: there is no such choice; {hint}{folder} has {', '.join(options)}"

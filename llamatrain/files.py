@@ -3,8 +3,10 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
 def fsync_path(path: Path) -> None:
@@ -16,12 +18,16 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_bytes_atomically(path: Path, content: bytes) -> None:
-    """Write `path` so that a reader, or a crash at any moment, finds the old content or the new, never a part."""
+@contextmanager
+def written_atomically(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which becomes `path` when the block ends well.
+
+    A reader, or a crash at any moment, finds the old content or the new, never a part.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -29,6 +35,11 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     fsync_path(path.parent)
+
+
+def write_bytes_atomically(path: Path, content: bytes) -> None:
+    with written_atomically(path) as file:
+        file.write(content)
 
 
 def write_json_atomically(path: Path, content: Any) -> None:

@@ -33,7 +33,7 @@ from llamatrain.device import (
     memory_gib,
 )
 from llamatrain.distributed import World
-from llamatrain.evaluation.evaluator import Evaluator
+from llamatrain.evaluator import Evaluator
 from llamatrain.files import write_bytes_atomically
 from llamatrain.garbage import GarbageCollection
 from llamatrain.initial_weights import make_weights

@@ -25,12 +25,16 @@ from data_tools.train_quality import TrainQualitySettings
 from data_tools.train_tokenizer import TrainTokenizerSettings
 from data_tools.verify_shards import VerifyShardsSettings
 from launch.from_raw import FromRawSettings
+from launch.paper_in_miniature import MiniatureSettings
 from llamatrain.cli import command_line
 from llamatrain.config import RunConfig, validate
-from llamatrain.config.build import build
+from llamatrain.config.build import build, plain
+from llamatrain.config.check import CheckConfig
+from llamatrain.config.convert import ConvertConfig
 from llamatrain.config.evaluate import EvaluateConfig
 from llamatrain.config.generate import GenerateConfig
 from llamatrain.config.goodput import GoodputConfig
+from llamatrain.config.report import ReportConfig
 from tests.small_run import assert_same_run, saved_steps, status
 
 REPOSITORY = Path(__file__).parent.parent
@@ -56,6 +60,9 @@ def command(*arguments: str, cwd: Path, module: str = "llamatrain.train") -> sub
         ("+optim.foo=1", "error: optim.foo: there is no such setting"),
         ("experiment=demoo", "did you mean experiment=demo? conf/experiment has demo, paper_13b"),
         ("model=8b", "error: model=8b: there is no such choice;"),
+        ("model=15", "error: model=15: there is no such choice; did you mean model=15m?"),
+        ("model=null", "error: model=null: model takes the name of one of 110m, 13b,"),
+        ("model=/home/me/mine.yaml", "error: model=/home/me/mine.yaml: model takes the name of one of 110m, 13b,"),
         ("model=7B", "did you mean model=7b?"),
         ("train.steps=inf", "error: train.steps=inf: must be finite\n"),
         ("optim.lr=nan", "error: optim.lr=nan: must be finite\n"),
@@ -147,9 +154,12 @@ def test_help_fits_two_screens_and_names_what_a_newcomer_needs(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("name", "schema"),
     [
+        ("commands/check", CheckConfig),
+        ("commands/convert", ConvertConfig),
         ("commands/evaluate", EvaluateConfig),
         ("commands/generate", GenerateConfig),
         ("commands/goodput", GoodputConfig),
+        ("commands/report", ReportConfig),
         ("data_tools/train_tokenizer", TrainTokenizerSettings),
         ("data_tools/tokenize_shards", TokenizeShardsSettings),
         ("data_tools/verify_shards", VerifyShardsSettings),
@@ -160,6 +170,7 @@ def test_help_fits_two_screens_and_names_what_a_newcomer_needs(tmp_path: Path) -
         ("data_tools/train_quality", TrainQualitySettings),
         ("data_tools/reference_urls", ReferenceUrlsSettings),
         ("from_raw", FromRawSettings),
+        ("paper_in_miniature", MiniatureSettings),
         ("data_tools/mix", MixSettings),
         ("data_tools/data_card", DataCardSettings),
     ],
@@ -170,12 +181,14 @@ def test_a_commands_file_lists_every_setting_with_its_default(name: str, schema:
     assert set(values) == {field.name for field in dataclasses.fields(schema)}
 
 
-@pytest.mark.parametrize("group", ["data", "train", "optim", "checkpoint", "logging", "evaluation", "resilience"])
+@pytest.mark.parametrize(
+    "group", ["init", "data", "train", "optim", "parallel", "checkpoint", "logging", "evaluation", "resilience"]
+)
 def test_a_groups_default_file_is_that_of_its_dataclass(group: str) -> None:
     path = REPOSITORY / "conf" / group / ("adamw.yaml" if group == "optim" else "default.yaml")
     values = yaml.safe_load(path.read_text())
     assert getattr(build(RunConfig, {group: values}), group) == getattr(RunConfig(), group)
-    assert set(values) == {field.name for field in dataclasses.fields(getattr(RunConfig(), group))}
+    assert set(values) == set(plain(getattr(RunConfig(), group)))
 
 
 def test_flags_and_overrides_may_stand_in_any_order() -> None:

@@ -63,17 +63,22 @@ def commit(temporary: Path, content: Manifest, files: Mapping[str, FileEntry]) -
     """Turn a temporary directory whose `files` are all sealed into a checkpoint: write the manifest, rename.
 
     `content` is the manifest without the fields that describe the format and the files; this adds them. Raises
-    CheckpointError for a file that whoever sealed it sees and this process does not.
+    CheckpointError for a file that whoever sealed it sees and this process does not, and where another checkpoint of
+    this step is, which stays.
     """
     for name, entry in files.items():
         if (temporary / name).stat().st_size != entry["size"]:
             raise CheckpointError(f"{temporary / name}: it has another size than where it was written")
     manifest = {"format": FORMAT, "version": VERSION, **content, "files": dict(files)}
-    write_bytes_atomically(temporary / MANIFEST_FILE, as_written(manifest, sha256_of_json(manifest)))
+    sha256 = sha256_of_json(manifest)
+    write_bytes_atomically(temporary / MANIFEST_FILE, as_written(manifest, sha256))
     final = temporary.with_name(temporary.name.removeprefix(TEMPORARY_PREFIX))
-    if final.exists():
-        delete(final)
-    os.rename(temporary, final)
+    if not final.exists():
+        os.rename(temporary, final)
+    elif manifest_hash(final) == sha256:  # by a try before, of which only the last sync failed
+        shutil.rmtree(temporary)
+    else:
+        raise CheckpointError(f"{final}: another checkpoint of this step is there; move it away")
     fsync_path(final.parent)
     return final
 

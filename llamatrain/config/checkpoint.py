@@ -10,7 +10,7 @@ class CheckpointConfig:
     every_steps: int = 1000  # the last step is always saved
     every_minutes: float | None = None  # also when so long has passed since the last save
     asynchronous: bool = True  # training waits for a copy in host memory only, the rest is written beside it
-    retries: int = 2  # so often is a write that failed tried again, at once
+    retries: int = 2  # so often is a write that failed tried again, after 1 s, 2 s, …
     max_failures: int = 3  # so many saves in a row that failed nevertheless end the run; 1: the first does
     keep_last: int = 2
     keep_every_steps: int = 0  # checkpoints at multiples of this are kept for ever; 0: none

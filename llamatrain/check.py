@@ -1,0 +1,60 @@
+"""Check checkpoints whole, every byte of every file. Nothing is changed.
+
+python -m llamatrain.check checkpoint=RUN_OR_STEP_DIRECTORY
+
+Manifest, sizes and SHA-256 of all files, and whether the chunks cover every tensor: what a start checks, which sets a
+checkpoint aside that is not whole. Of a run all its checkpoints. Exit status 0: all whole; 3: not, and why.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+from llamatrain.cli import run_command
+from llamatrain.config.check import CheckConfig, check_check
+from llamatrain.errors import CheckpointError
+
+
+def run(settings: CheckConfig) -> None:
+    """Print a line for each checkpoint. Raises CheckpointError if one is not whole."""
+    check_check(settings)
+    from llamatrain.checkpoint import commit
+
+    assert settings.checkpoint is not None  # checked above
+    path = Path(settings.checkpoint)
+    found = commit.list_steps(path / "checkpoints") or [path]
+    wrong = []
+    for checkpoint in found:
+        try:
+            told = verified(checkpoint)
+        except CheckpointError as error:
+            if not checkpoint.exists() and len(found) > 1:
+                continue  # the run, at work, has removed it
+            told = "NOT WHOLE"
+            wrong.append(str(error))
+        print(f"{checkpoint.name}  {told}", flush=True)
+    if wrong:
+        raise CheckpointError(f"{len(wrong)} of {len(found)} checkpoints are not whole: {'; '.join(wrong)}")
+
+
+def verified(checkpoint: Path) -> str:
+    """What a whole checkpoint is, in words. Raises CheckpointError."""
+    from llamatrain.checkpoint import commit, store
+
+    manifest = store.open_checkpoint(checkpoint, hashes=False)
+    files = manifest["files"]
+    with ThreadPoolExecutor() as pool:  # hashing is done without Python's lock
+        hashed = pool.map(lambda name: commit.verify_file(checkpoint, name, files[name]), files)
+        for _ in tqdm(hashed, total=len(files), desc=checkpoint.name, unit="file", leave=False, disable=None):
+            pass
+    size = sum(entry["size"] for entry in files.values())
+    return f"whole: {len(files)} files, {size:,} bytes"
+
+
+def main() -> None:
+    run_command(CheckConfig, "commands/check", run, help_text=__doc__)
+
+
+if __name__ == "__main__":
+    main()
