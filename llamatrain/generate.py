@@ -4,6 +4,9 @@ python -m llamatrain.generate checkpoint=RUN_OR_STEP_DIRECTORY prompt="Once upon
 python -m llamatrain.generate checkpoint=… 'prompt=["Once upon a time","The moon"]' temperature=0
 """
 
+from pathlib import Path
+
+from llamatrain.checkpoint.commit import find_checkpoint
 from llamatrain.cli import run_command
 from llamatrain.config.generate import GenerateConfig, check_generate
 
@@ -13,14 +16,15 @@ DEFAULT_NEW_TOKENS = 128
 def run(settings: GenerateConfig) -> None:
     """Print each prompt with what the model writes after it."""
     check_generate(settings)
+    assert settings.checkpoint is not None  # checked above
+    checkpoint = find_checkpoint(Path(settings.checkpoint))  # before torch, which takes seconds to import
     from llamatrain.checkpoint.inference import load_model_for_inference
     from llamatrain.device import PRECISIONS, choose_device, choose_precision
     from llamatrain.model.generation import generate
 
-    assert settings.checkpoint is not None  # checked above
     device = choose_device(settings.device, setting="device")
     dtype = PRECISIONS[choose_precision(settings.precision, device)]
-    model, tokenizer = load_model_for_inference(settings.checkpoint, device, compute_dtype=dtype)
+    model, tokenizer = load_model_for_inference(checkpoint, device, compute_dtype=dtype)
     prompts = [tokenizer.encode(text, bos=True) for text in settings.prompts]
     room = model.config.max_seq_len - max(map(len, prompts))
     continuations = generate(

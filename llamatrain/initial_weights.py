@@ -16,6 +16,7 @@ from llamatrain.arithmetic import parameter_shapes
 from llamatrain.checkpoint import commit, store
 from llamatrain.config import ModelConfig, RunConfig
 from llamatrain.config.build import build
+from llamatrain.config.init import CAN_DIFFER
 from llamatrain.distributed import World
 from llamatrain.errors import CheckpointError, ConfigError, DataError
 from llamatrain.flat import FlatPart
@@ -27,16 +28,7 @@ log = logging.getLogger("llamatrain")
 
 def find_origin(path: str) -> Path:
     """The checkpoint that `init.from` names. Raises ConfigError if there is none, saying what makes one."""
-    try:
-        return store.find_checkpoint(Path(path))
-    except ConfigError:
-        pass
-    if any((Path(path) / name).exists() for name in ("config.json", "params.json")):
-        raise ConfigError(
-            f"init.from={path}: these are another program's files; python -m llamatrain.convert input={path} "
-            "output=DIRECTORY to=llamatrain makes what init.from=DIRECTORY takes"
-        )
-    raise ConfigError(f"init.from={path}: neither a checkpoint nor a run or an import with one")
+    return commit.find_checkpoint(Path(path), setting="init.from")
 
 
 def origin_hash(config: RunConfig) -> str | None:
@@ -83,7 +75,7 @@ def check_fits(config: RunConfig, manifest: Mapping[str, Any], path: Path, token
     if differing:
         told = ", ".join(f"{key} is {ours[key]} here" for key in differing)
         others = " ".join(f"{key}={_typed(value)}" for key, value in differing.items())
-        can = [key for key in differing if key in ("model.rope_theta", "model.norm_eps")]
+        can = [key for key in differing if key in CAN_DIFFER]
         way = f"; where that is what you want, init.allow=[{','.join(can)}]" if len(can) == len(differing) else ""
         raise ConfigError(f"init.from={path}: its weights are of a model with {others} ({told}): set that{way}")
     if sha256 != tokenizer_sha256 and "data.tokenizer" not in config.init.allow:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from llamatrain.checkpoint import commit, store
+from llamatrain.checkpoint import commit
 from llamatrain.checkpoint.inference import load_model_for_inference
 from llamatrain.config.model import ModelConfig
 from llamatrain.config.parallel import Layout, ParallelConfig, check_parallel, layout
@@ -85,7 +85,7 @@ def open_on(
         dtype = PRECISIONS[choose_precision(precision, place)]
         parallel = ParallelConfig(dp_shard=dp_shard, dp_replicate=1, tp=tp)
         ranks = mesh_of(parallel, world.size)
-    path = world.decide(lambda: store.find_checkpoint(Path(checkpoint)).absolute())
+    path = world.decide(lambda: commit.find_checkpoint(Path(checkpoint)).absolute())
     manifest = world.decide(lambda: commit.read_manifest(path))
 
     def build_part(config: ModelConfig) -> Llama:
@@ -97,7 +97,7 @@ def open_on(
             path, place, compute_dtype=dtype, build_part=build_part, world=world
         )
     scorer = ModelScorer(model, tokenizer, device=place, world=world, layout=ranks, max_batch_tokens=max_batch_tokens)
-    return Opened(scorer, world, model, path, step=commit.step_of(path), tokens=manifest.get("tokens", 0))
+    return Opened(scorer, world, model, path, step=manifest["step"], tokens=manifest.get("tokens", 0))
 
 
 def mesh_of(parallel: ParallelConfig, world_size: int) -> Layout:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import yaml
 
+from llamatrain.checkpoint.interchange.conversion import RECORD_FILE
 from llamatrain.config import RunConfig
 from llamatrain.config.build import build
 from llamatrain.config.parallel import check_sharding
@@ -97,6 +98,11 @@ def open_run_directory(config: RunConfig, world: World) -> RunDirectory:
     if world.leads:
         path = config.run_dir
     with world.together():
+        if world.leads and os.path.isfile(os.path.join(path, RECORD_FILE)):  # it stays as it is: others begin with it
+            raise ConfigError(
+                f"run_dir={path}: llamatrain.convert wrote it; a run begins with it by init.from={path}, in a "
+                "directory of its own"
+            )
         directory = RunDirectory(path, attempt=attempt) if world.leads else None
     with world.together():
         return directory or RunDirectory(path, leads=False, attempt=attempt)

@@ -91,7 +91,7 @@ class Snapshots:
         job = partial(
             self._write_with_retries,
             step,
-            self._content(step, data_state),
+            self._content(data_state),
             self._staging.copy(share) if beside else share,
             began=began,
             blocked_s=time.perf_counter() - began if beside else None,
@@ -122,7 +122,7 @@ class Snapshots:
                 f"{self._unsaved}{many}; {newest}: when that is mended, the same command goes on from there"
             ) from self._unsaved
 
-    def _content(self, step: int, data_state: DataState) -> dict[str, Any]:
+    def _content(self, data_state: DataState) -> dict[str, Any]:
         """What the manifest says beside tensors and files."""
         return {
             "tokens": data_state.samples_read * self.config.data.seq_len,

@@ -11,6 +11,7 @@ import sentencepiece
 from llamatrain.errors import DataError
 
 TOKENIZER_FILE = "tokenizer.model"  # its name in data sets and run directories
+LARGEST_FILE = 64 << 20  # bytes; LLaMA's has 500 kB
 SPACE_MARK = "\u2581"  # what SentencePiece writes for a space; a text that holds it cannot be told from one with spaces
 
 
@@ -23,12 +24,19 @@ class Tokenizer:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
-            content = self.path.read_bytes()
+            with open(self.path, "rb") as file:
+                content = file.read(LARGEST_FILE + 1)
+            if len(content) > LARGEST_FILE:
+                raise DataError(f"{path}: larger than any tokenizer; it is another file")
+            if not content:  # which would be taken, and warned of at every call
+                raise RuntimeError
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
         except OSError as error:
             raise DataError(f"{path}: the tokenizer cannot be read ({error.strerror})") from None
-        except RuntimeError:
-            raise DataError(f"{path}: not a SentencePiece model; train one with data_tools.train_tokenizer") from None
+        except (RuntimeError, UnicodeDecodeError):  # what is not UTF-8 is put into messages
+            raise DataError(
+                f"{path}: not a SentencePiece model, or a damaged one; data_tools.train_tokenizer trains them"
+            ) from None
         self.sha256 = hashlib.sha256(content).hexdigest()
         self.vocab_size: int = self._processor.vocab_size()
         self.bos_id: int = self._processor.bos_id()

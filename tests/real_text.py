@@ -9,6 +9,7 @@ import os
 import tarfile
 from pathlib import Path
 
+import pytest
 import zstandard
 
 from data_tools.stdlib_corpus import StdlibCorpusSettings, stdlib_corpus
@@ -20,6 +21,14 @@ def shared_data() -> Path | None:
     """The folder of shared data, or None."""
     path = Path(os.environ.get("LLAMATRAIN_DATA", REPOSITORY.parent / "shared" / "data"))
     return path if path.is_dir() else None
+
+
+def needed_data() -> Path:
+    """`shared_data`; the test that asks is skipped where there is none."""
+    data = shared_data()
+    if data is None:
+        pytest.skip("no shared data")
+    return data
 
 
 def novels(archive: Path, count: int) -> list[str]:

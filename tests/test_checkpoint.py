@@ -83,6 +83,18 @@ def test_a_save_that_fails_leaves_the_earlier_checkpoints(tmp_path: Path, monkey
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
+def test_a_checkpoint_of_the_same_step_is_never_replaced(tmp_path: Path) -> None:
+    checkpoint = save_simple(tmp_path)
+    place = checkpoint.stat().st_ino
+    assert save_simple(tmp_path) == checkpoint  # tried again, as its last sync had failed
+    with pytest.raises(CheckpointError, match="another checkpoint of this step is there"):
+        save_simple(tmp_path, weight=torch.ones(4, 3))
+    assert [(path.name, path.stat().st_ino) for path in tmp_path.iterdir()] == [(checkpoint.name, place)]
+    weight = torch.zeros(4, 3)
+    read_simple(checkpoint, weight=weight)
+    assert torch.equal(weight, torch.arange(12.0).reshape(4, 3))
+
+
 def test_a_directory_without_a_manifest_is_no_checkpoint(tmp_path: Path) -> None:
     checkpoint = save_simple(tmp_path)
     (checkpoint / commit.MANIFEST_FILE).unlink()

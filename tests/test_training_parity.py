@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llamatrain.checkpoint.interop import to_hf_state_dict
 from llamatrain.config import RunConfig
 from llamatrain.data.loader import Batch, Loader
 from llamatrain.optim.schedule import learning_rate
 from llamatrain.trainer import Trainer
+from tests.hugging_face import to_hugging_face
 from tests.real_text import english_documents
 from tests.small_run import small_config, trainer_for
 
@@ -41,7 +41,7 @@ def hugging_face_model(trainer: Trainer) -> LlamaForCausalLM:
         attn_implementation="eager",
     )
     twin = LlamaForCausalLM(config)
-    twin.load_state_dict(to_hf_state_dict(trainer.model.state_dict(), model))
+    twin.load_state_dict(to_hugging_face(trainer.model.state_dict(), model))
     return twin
 
 

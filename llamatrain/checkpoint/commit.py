@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llamatrain.errors import CheckpointError
+from llamatrain.errors import CheckpointError, ConfigError
 from llamatrain.files import fsync_path, sha256_of_file, sha256_of_json, write_bytes_atomically
 
 FORMAT = "llamatrain-checkpoint"
@@ -29,6 +29,7 @@ TEMPORARY_PREFIX = ".unfinished-"
 DELETED_PREFIX = ".deleted-"
 REFUSED_PREFIX = "refused-"
 LARGEST_MANIFEST = 512 << 20  # bytes; 65B on 2,048 ranks of a mesh with two axes takes 160 MB
+FOREIGN_FILES = ("config.json", "params.json", "consolidated.00.pth")  # of Hugging Face's directories, and of Meta's
 STEP_NAME = re.compile(r"step-([0-9]{8,18})")
 
 Manifest = dict[str, Any]
@@ -100,6 +101,29 @@ def list_steps(root: Path) -> list[Path]:
 def list_checkpoints(root: Path) -> list[Path]:
     """Committed checkpoints, newest first."""
     return [path for path in list_steps(root) if (path / MANIFEST_FILE).is_file()]
+
+
+def find_checkpoint(path: Path, *, setting: str = "checkpoint") -> Path:
+    """A checkpoint directory itself, or the newest of a run's or an import's. Raises ConfigError, naming the setting.
+
+    Of another program's files the message says how they are made into an import.
+    """
+    try:
+        if (path / MANIFEST_FILE).is_file():
+            return path
+        if checkpoints := list_checkpoints(path / "checkpoints"):
+            return checkpoints[0]
+        there, foreign = path.exists(), any((path / name).is_file() for name in FOREIGN_FILES)
+    except OSError as error:
+        raise ConfigError(f"{setting}={path}: cannot be read ({error.strerror})") from None
+    if not there:
+        raise ConfigError(f"{setting}={path}: there is no such directory")
+    if foreign:
+        raise ConfigError(
+            f"{setting}={path}: these are another program's files; python -m llamatrain.convert input={path} "
+            f"output=DIRECTORY to=llamatrain makes what {setting}=DIRECTORY takes"
+        )
+    raise ConfigError(f"{setting}={path}: neither a checkpoint nor a run directory with one")
 
 
 def step_of(checkpoint: Path) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from llamatrain.arithmetic import parameter_shapes
-from llamatrain.checkpoint import store
+from llamatrain.checkpoint import commit, store
 from llamatrain.config import ModelConfig
 from llamatrain.config.build import build
 from llamatrain.config.model import check_model
@@ -33,7 +33,7 @@ def load_model_for_inference(
 
     Returns the model and the run's tokenizer. Raises CheckpointError, and DataError for another tokenizer.
     """
-    checkpoint = store.find_checkpoint(Path(path))
+    checkpoint = commit.find_checkpoint(Path(path))
     manifest = store.open_checkpoint(checkpoint, groups=["model"], world=world)
     described = {name: tuple(entry["shape"]) for name, entry in manifest["tensors"]["model"].items()}
     try:

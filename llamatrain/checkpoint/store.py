@@ -29,7 +29,7 @@ from llamatrain.checkpoint import commit
 from llamatrain.checkpoint.boxes import cover, is_chunk
 from llamatrain.checkpoint.commit import Manifest
 from llamatrain.distributed import World, is_a_copy
-from llamatrain.errors import CheckpointError, ConfigError
+from llamatrain.errors import CheckpointError
 from llamatrain.flat import FlatPart, local_boxes
 
 TensorGroups = Mapping[str, Mapping[str, Tensor | FlatPart]]
@@ -386,13 +386,3 @@ class _Part:
         here = tuple(slice(low - b, high - b) for (low, high), b in zip(common, self.begin, strict=True))
         self.memory[here].copy_(values)
         return True
-
-
-def find_checkpoint(path: Path) -> Path:
-    """A checkpoint directory itself, or the newest of a run directory. Raises ConfigError."""
-    if (path / commit.MANIFEST_FILE).is_file():
-        return path
-    checkpoints = commit.list_checkpoints(path / "checkpoints")
-    if not checkpoints:
-        raise ConfigError(f"checkpoint={path}: neither a checkpoint nor a run directory with one")
-    return checkpoints[0]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamatrain.checkpoint import store
+from llamatrain.checkpoint import commit, store
 from llamatrain.config import RunConfig
 from llamatrain.config.parallel import layout
 from llamatrain.distributed import World
@@ -102,7 +102,7 @@ class Runner:
         mine = whole_state(trainer)
         trainer.snapshots.save(trainer.step, trainer.data_state)
         run_dir = trainer.directory.path
-        written = self.world.decide(lambda: same_state(read_whole(store.find_checkpoint(run_dir)), mine))
+        written = self.world.decide(lambda: same_state(read_whole(commit.find_checkpoint(run_dir)), mine))
         names = trainer.snapshots.names_everywhere()
         with self.world.together():
             trainer.snapshots.fill(store.Reader(plain, store.open_checkpoint(plain)), names)
@@ -134,7 +134,7 @@ def follow_alone(config: RunConfig) -> tuple[Course, Path]:
         trainer = compose(config, World(), resources)
         course = follow(trainer, STEPS)
         trainer.snapshots.save(trainer.step, trainer.data_state)
-        return course, store.find_checkpoint(trainer.directory.path)
+        return course, commit.find_checkpoint(trainer.directory.path)
 
 
 def whole_state(trainer: Trainer) -> Tensors:

@@ -25,7 +25,7 @@ from llamatrain.cli import config_directory
 from llamatrain.config.build import build
 from llamatrain.config.model import ModelConfig
 from llamatrain.tokenizer import TOKENIZER_FILE
-from tests.test_convert import memory_taken
+from tests.interchange.memory import memory_taken
 
 
 @dataclass(frozen=True, kw_only=True)

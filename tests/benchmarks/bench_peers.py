@@ -16,7 +16,6 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from llamatrain.checkpoint.interop import to_hf_state_dict
 from llamatrain.model.init import init_weights
 from llamatrain.model.llama import Llama
 from tests.benchmarks import report
@@ -25,6 +24,7 @@ from tests.benchmarks.contenders import OURS, PEERS, build_contender, same_start
 from tests.benchmarks.peers import why_no_torchtitan
 from tests.benchmarks.rounds import PRODUCT_S, Turn, fastest, prepare, products, take_turns, training
 from tests.benchmarks.workload import Setting, Workload, describe, preset
+from tests.hugging_face import to_hugging_face
 
 GOALS = {"fp32": 1.05, "bf16": 1.2}  # times the best peer
 SAME_LOSS = {"fp32": 1e-4, "bf16": 1e-2}  # relative, of the first step; litgpt's own bf16 rounds the loss itself to it
@@ -76,7 +76,7 @@ def first_weights(workload: Workload) -> dict[str, Tensor]:
     """The weights that llamatrain draws, by Hugging Face's names."""
     model = Llama(workload.model)
     init_weights(model, workload.model, seed=0)
-    return {name: tensor.clone() for name, tensor in to_hf_state_dict(model.state_dict(), workload.model).items()}
+    return {name: tensor.clone() for name, tensor in to_hugging_face(model.state_dict(), workload.model).items()}
 
 
 def choose_settings(workload: Workload, arguments: argparse.Namespace) -> dict[str, Setting]:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from llamatrain.checkpoint import store
+from llamatrain.checkpoint import commit
 from llamatrain.config import RunConfig, validate
 from llamatrain.distributed import World
 from llamatrain.dry_run import rehearse
@@ -221,7 +221,7 @@ def trained(world: World, config: RunConfig, steps: int) -> tuple[Path, Tensors]
         follow(trainer, steps)
         trainer.snapshots.save(trainer.step, trainer.data_state)
         state = whole_state(trainer)
-    return store.find_checkpoint(Path(config.run_dir)), state
+    return commit.find_checkpoint(Path(config.run_dir)), state
 
 
 def resumed(world: World, config: RunConfig) -> tuple[int, Tensors]:

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from llamatrain.checkpoint.interchange.conversion import convert
+from llamatrain.config.convert import ConvertConfig
 from llamatrain.config.model import ModelConfig
 from llamatrain.config.parallel import Layout, ParallelConfig, layout
 from llamatrain.distributed import World
@@ -140,6 +142,19 @@ def test_a_checkpoint_is_opened_on_any_number_of_ranks(
     for found, *place in on_ranks(ranks, opened_answers, trained, settings):
         check(found, expected, exactly=exactly)
         assert place == [step, tokens]
+
+
+def test_a_checkpoint_that_was_set_aside_can_be_asked_too(trained: Path) -> None:
+    aside = trained / "checkpoints" / "refused-step-00000004"
+    aside.symlink_to("step-00000004")
+    assert open_on(World(), aside, device="cpu").step == 4
+
+
+def test_an_import_from_hugging_face_answers_as_what_was_exported(trained: Path, tmp_path: Path) -> None:
+    convert(ConvertConfig(input=str(trained), output=str(tmp_path / "there"), to="huggingface"))
+    convert(ConvertConfig(input=str(tmp_path / "there"), output=str(tmp_path / "back"), to="llamatrain"))
+    found = [opened_answers(World(), path, {})[0] for path in (trained, tmp_path / "back")]
+    check(found[1], found[0], exactly=True)
 
 
 def test_meshes_that_do_not_fit_are_refused_by_name(trained: Path) -> None:

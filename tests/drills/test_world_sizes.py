@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from llamatrain.checkpoint import store
+from llamatrain.checkpoint import commit, store
 from llamatrain.distributed import World
 from tests.courses import LOSS_TOLERANCE
 from tests.distributed.test_resumption import STEPS, config_for, train
@@ -33,7 +33,7 @@ LEG = STEPS // 4
 
 def state(run_dir: Path) -> dict[str, torch.Tensor]:
     """Weights and moments of the last checkpoint, whole."""
-    checkpoint = store.find_checkpoint(run_dir)
+    checkpoint = commit.find_checkpoint(run_dir)
     manifest = store.open_checkpoint(checkpoint)
     found = {}
     for group in ("model", "optimizer"):

@@ -5,19 +5,19 @@ The output is made beside its place, synced, and renamed. It carries a record of
 """
 
 import fcntl
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from llamatrain.arithmetic import parameter_count
 from llamatrain.checkpoint.interchange import huggingface, meta, own
-from llamatrain.checkpoint.interchange.source import Cast, Source, log, parameter_bytes
+from llamatrain.checkpoint.interchange.source import Cast, Source, bytes_bar, log, parameter_bytes
 from llamatrain.config.convert import HUGGING_FACE, LLAMATRAIN, META, ConvertConfig
 from llamatrain.errors import CheckpointError, ConfigError, DataError
 from llamatrain.files import fsync_path, write_json_atomically
@@ -26,6 +26,7 @@ from llamatrain.version import VERSION
 
 RECORD_FILE = "conversion.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NAMED = 3  # of files in the way, in a message
 ROOM = 1.01  # of what the weights take, for all the rest
 
 
@@ -33,8 +34,8 @@ def convert(settings: ConvertConfig) -> Path:
     """Do what the settings, which are checked, say; the output's path. Raises LlamatrainError, leaving no output."""
     assert settings.input is not None and settings.output is not None and settings.to is not None
     output = Path(settings.output).absolute()
-    source = open_source(Path(settings.input), settings)
-    refuse_output(output, source.path.absolute(), overwrite=settings.overwrite)
+    refuse_output(output, Path(settings.input).absolute(), overwrite=settings.overwrite)
+    source = open_source(Path(settings.input), max_seq_len=settings.max_seq_len)
     tokenizer = tokenizer_of(source, settings)
     dtype = torch.float32 if settings.to == LLAMATRAIN else DTYPES.get(settings.dtype)
     weights = Cast(source, dtype)
@@ -50,43 +51,51 @@ def convert(settings: ConvertConfig) -> Path:
         total = meta.written_bytes(weights, settings.shards)
     else:
         total = sum(parameter_bytes(weights).values())
+    if settings.verify_hashes:
+        source.verify_hashes()
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        refuse_too_large(output, total)
-        bar = tqdm(total=total, desc=f"to {settings.to}", unit="B", unit_scale=True, unit_divisor=1024, disable=None)
-        with made_whole(output) as directory, bar:
-            write(directory, weights, tokenizer, settings, bar)
-            write_json_atomically(directory / RECORD_FILE, record_of(source, tokenizer, settings))
+        with made_whole(output) as directory:
+            refuse_too_large(output, total)  # now that it holds no more what a killed conversion left
+            with bytes_bar(total, f"to {settings.to}") as bar:
+                write(directory, weights, tokenizer, settings, told=bar.update)
+            refuse_output(output, source.path.absolute(), overwrite=settings.overwrite)  # what came there meanwhile
     except OSError as error:
         raise CheckpointError(f"{output}: cannot be written ({error}); nothing is left of it") from error
     return output
 
 
-def open_source(path: Path, settings: ConvertConfig) -> Source:
+def open_source(path: Path, *, max_seq_len: int | None) -> Source:
     """What lies at a path. Raises ConfigError if that is nothing known, CheckpointError if it cannot be used."""
     if own.looks_like(path):
-        return own.open_source(path, verify_hashes=settings.verify_hashes, max_seq_len=settings.max_seq_len)
+        return own.open_source(path, max_seq_len=max_seq_len)
     if meta.looks_like(path):
-        return meta.open_source(path, max_seq_len=settings.max_seq_len)
+        return meta.open_source(path, max_seq_len=max_seq_len)
     if huggingface.looks_like(path):
-        return huggingface.open_source(path, max_seq_len=settings.max_seq_len)
+        return huggingface.open_source(path, max_seq_len=max_seq_len)
+    if not path.exists():
+        raise ConfigError(f"input={path}: there is no such directory")
     raise ConfigError(
         f"input={path}: neither a checkpoint or run of llamatrain (checkpoint.json, checkpoints/), nor a directory of "
         "Hugging Face (config.json), nor Meta's files (params.json, consolidated.NN.pth)"
     )
 
 
-def write(directory: Path, weights: Cast, tokenizer: Tokenizer, settings: ConvertConfig, bar: Any) -> None:
-    """Write the form that is asked for into an empty directory."""
+def write(
+    directory: Path, weights: Cast, tokenizer: Tokenizer, settings: ConvertConfig, *, told: Callable[[int], None]
+) -> None:
+    """Write the form that is asked for into an empty directory, and the record. `told` hears the bytes of weights."""
     largest = int(settings.max_shard_gib * 2**30)
     if settings.to == LLAMATRAIN:
-        own.write(directory, weights, tokenizer, largest_file=largest, told=bar.update)
+        own.write(directory, weights, tokenizer, largest_file=largest, told=told)
     elif settings.to == HUGGING_FACE:
-        huggingface.write(directory, weights, tokenizer, largest_file=largest, told=bar.update)
-        shutil.copyfile(tokenizer.path, directory / TOKENIZER_FILE)
+        huggingface.write(directory, weights, tokenizer, largest_file=largest, told=told)
     else:
-        meta.write(directory, weights, shards=settings.shards, told=bar.update)
-        shutil.copyfile(tokenizer.path, directory / TOKENIZER_FILE)
+        meta.write(directory, weights, shards=settings.shards, told=told)
+    shutil.copyfile(tokenizer.path, directory / TOKENIZER_FILE)
+    files = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
+    content = {**record_of(weights.source, tokenizer, settings), "files": files}
+    write_json_atomically(directory / RECORD_FILE, content)
 
 
 def tokenizer_of(source: Source, settings: ConvertConfig) -> Tokenizer:
@@ -133,11 +142,26 @@ def refuse_output(output: Path, source: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ConfigError(f"output={output}: it is there already; overwrite=true replaces it")
-    if not (output / RECORD_FILE).is_file():
+    if why := not_written(output):
         raise ConfigError(
-            f"output={output}: overwrite=true replaces what this command wrote, and there is no {RECORD_FILE}; remove "
-            "the directory yourself, or choose another output"
+            f"output={output}: overwrite=true replaces what this command wrote, and {why}; nothing was removed: move "
+            "it away yourself, or choose another output"
         )
+
+
+def not_written(output: Path) -> str | None:
+    """In words, what of a directory is by its record not of a conversion; None if all of it is."""
+    try:
+        written = json.loads((output / RECORD_FILE).read_text(encoding="utf-8"))["files"]
+        files = {output / name for name in [RECORD_FILE, *written]}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return f"no {RECORD_FILE} there lists that"
+    known = files | {folder for file in files for folder in file.parents}
+    others = sorted(path for path in output.rglob("*") if path not in known and path.parent in known)
+    if not others:
+        return None
+    told = ", ".join(str(path.relative_to(output)) for path in others[:NAMED])
+    return f"more than that is there: {told}{f' and {len(others) - NAMED} more' if len(others) > NAMED else ''}"
 
 
 def refuse_too_large(output: Path, total: int) -> None:

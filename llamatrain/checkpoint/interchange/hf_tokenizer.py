@@ -18,6 +18,7 @@ from llamatrain.errors import DataError
 from llamatrain.tokenizer import SPACE_MARK, Tokenizer
 
 BPE = 2  # model_type of a trainer's settings
+LONGEST_PIECE = 1000  # characters; LLaMA's longest has 16. Merges are found in the square of it
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 
@@ -140,6 +141,9 @@ def pieces_of(path: Path) -> list[Piece]:
         "it puts no space in front of texts": bool(normalizer.get(3, 1)),
         "it does not write spaces as marks": bool(normalizer.get(5, 1)),
         "it has pieces of a kind that LLaMA's has not": not {piece.kind for piece in pieces} & {USER_DEFINED, UNUSED},
+        f"it has a piece of more than {LONGEST_PIECE} characters": all(
+            len(piece.text) <= LONGEST_PIECE for piece in pieces
+        ),
         "it has no one unknown piece": sum(piece.kind == UNKNOWN for piece in pieces) == 1,
     }
     if faults := [fault for fault, holds in wanted.items() if not holds]:

@@ -5,7 +5,7 @@ this program does not compute is refused by name, since the weights would load a
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,13 @@ from llamatrain.checkpoint.interchange.source import (
     check_regions,
     check_shapes,
     checked_model,
+    counted,
     in_files,
     log,
     number,
     parameter_bytes,
     read_json,
+    shown,
     whole,
 )
 from llamatrain.checkpoint.interop import halves_to_pairs, hf_name, pairs_to_halves
@@ -37,7 +39,7 @@ from llamatrain.files import sha256_of_json
 from llamatrain.tokenizer import TOKENIZER_FILE, Tokenizer
 
 CONFIG_FILE = "config.json"
-SAFETENSORS, PICKLES = "model.safetensors", "pytorch_model.bin"
+SAFETENSORS, PICKLES, INDEX = "model.safetensors", "pytorch_model.bin", "{}.index.json"
 HEAD = "lm_head.weight"
 
 # What a value other than these would change in the computation. None: absent or null.
@@ -120,16 +122,22 @@ def refuse_what_is_not_computed(content: Mapping[str, Any], where: Path) -> None
         if not any(type(value) is type(choice) and value == choice for choice in possible):
             told = " or ".join(json.dumps(choice) for choice in possible if choice is not None) or "null"
             raise CheckpointError(
-                f"{where}: {key} is {json.dumps(value)[:200]}; this program computes models with {key} {told}, and "
+                f"{where}: {key} is {shown(value)}; this program computes models with {key} {told}, and "
                 "with another the weights would give something else"
             )
     rope = content.get("rope_parameters")
     if rope is not None:
-        extra = sorted(rope.keys() - {"rope_type", "type", "rope_theta"}) if isinstance(rope, dict) else [rope]
+        if not isinstance(rope, dict):
+            raise CheckpointError(f"{where}: rope_parameters is {shown(rope)}, and must be an object")
+        extra = sorted(rope.keys() - {"rope_type", "type", "rope_theta"})
         if extra and not (extra == ["partial_rotary_factor"] and rope["partial_rotary_factor"] in (None, 1)):
-            raise CheckpointError(f"{where}: rope_parameters has {extra[0]}, which this program does not compute")
+            raise CheckpointError(
+                f"{where}: rope_parameters has {shown(extra[0])}, which this program does not compute"
+            )
         if _rope_type(rope) != "default":
-            raise CheckpointError(f"{where}: rope_parameters is of type {_rope_type(rope)}; only default is computed")
+            raise CheckpointError(
+                f'{where}: rope_parameters is of type {shown(_rope_type(rope))}; only "default" is computed'
+            )
     if unknown := sorted(content.keys() - REQUIRED.keys() - READ - IDLE):
         log.warning("%s: taken to have no part in the computation: %s", where, ", ".join(unknown))
 
@@ -149,7 +157,7 @@ def model_of(content: Mapping[str, Any], where: Path, max_seq_len: int | None = 
         )
     tied = content.get("tie_word_embeddings", False)
     if not isinstance(tied, bool):
-        raise CheckpointError(f"{where}: tie_word_embeddings is {tied!r}, and must be true or false")
+        raise CheckpointError(f"{where}: tie_word_embeddings is {shown(tied)}, and must be true or false")
     rope = content.get("rope_parameters") or {}
     if "rope_theta" in rope and content.get("rope_theta") not in (None, rope["rope_theta"]):
         raise CheckpointError(f"{where}: rope_theta and rope_parameters.rope_theta are not the same")
@@ -171,7 +179,7 @@ def model_of(content: Mapping[str, Any], where: Path, max_seq_len: int | None = 
 def _weight_files(path: Path) -> dict[str, set[str] | None]:
     """The files with weights, and which tensors the index says are in each; None: there is no index."""
     for single in (SAFETENSORS, PICKLES):
-        index = path / f"{single}.index.json"
+        index = path / INDEX.format(single)
         if index.is_file():
             placed = read_json(index).get("weight_map")
             if not isinstance(placed, dict) or not all(isinstance(file, str) for file in placed.values()):
@@ -244,29 +252,26 @@ def write(
     directory: Path, weights: Cast, tokenizer: Tokenizer, *, largest_file: int, told: Callable[[int], None]
 ) -> None:
     """Write a source's weights, its configuration and its tokenizer. `told` hears the bytes written."""
-    model, shapes = weights.source.model, parameter_shapes(weights.source.model)
-    parts = list(in_files(parameter_bytes(weights).items(), largest_file))
-    placed: dict[str, str] = {}
-    for number_of_part, names in enumerate(parts, start=1):
-        file = f"model-{number_of_part:05d}-of-{len(parts):05d}.safetensors" if len(parts) > 1 else SAFETENSORS
-        described = {hf_name(name): (weights.dtype_of(name), shapes[name]) for name in names}
-        safetensors_files.write(directory / file, described, _converted(weights, names, told), {"format": "pt"})
-        placed |= dict.fromkeys(described, file)
+    model, shapes, sizes = weights.source.model, parameter_shapes(weights.source.model), parameter_bytes(weights)
+    parts = list(in_files(sizes.items(), largest_file))
+    files = [f"model-{n:05d}-of-{len(parts):05d}.safetensors" for n in range(1, len(parts) + 1)]
+    if len(parts) == 1:
+        files = [SAFETENSORS]
     contents: dict[str, Any] = {
         CONFIG_FILE: config_of(model, tokenizer, weights.dtype_of("tok_embeddings.weight")),
         "generation_config.json": generation_config_of(model, tokenizer),
-        **tokenizer_files(tokenizer, longest=model.max_seq_len),
+        **tokenizer_files(tokenizer, longest=model.max_seq_len),  # before the weights: it may be refused
     }
     if len(parts) > 1:
-        total = sum(parameter_bytes(weights).values())
-        contents[f"{SAFETENSORS}.index.json"] = {"metadata": {"total_size": total}, "weight_map": placed}
+        placed = {hf_name(name): file for file, names in zip(files, parts, strict=True) for name in names}
+        contents[INDEX.format(SAFETENSORS)] = {
+            "metadata": {"total_size": sum(sizes.values())},
+            "weight_map": placed,
+        }
     for name, content in contents.items():
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         (directory / name).write_text(text, encoding="utf-8")
-
-
-def _converted(weights: Cast, names: list[str], told: Callable[[int], None]) -> Iterator[Tensor]:
-    for name in names:
-        tensor = pairs_to_halves(name, weights.read(name), weights.source.model)
-        yield tensor
-        told(tensor.nbytes)
+    for file, names in zip(files, parts, strict=True):
+        described = {hf_name(name): (weights.dtype_of(name), shapes[name]) for name in names}
+        tensors = (pairs_to_halves(name, weights.read(name), model) for name in names)
+        safetensors_files.write(directory / file, described, counted(tensors, told), {"format": "pt"})

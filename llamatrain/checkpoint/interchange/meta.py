@@ -8,6 +8,7 @@ and one that equals the embedding bit for bit is read as tied.
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -28,8 +29,10 @@ from llamatrain.checkpoint.interchange.source import (
     checked_model,
     number,
     read_json,
+    shown,
     whole,
 )
+from llamatrain.config.convert import MOST_SHARDS
 from llamatrain.config.model import ModelConfig
 from llamatrain.errors import CheckpointError, ConfigError
 from llamatrain.files import sha256_of_json
@@ -43,8 +46,9 @@ KNOWN = {
 PAPER_LENGTH = 2048  # the files do not say it
 BY_OUTPUT = ("wq", "wk", "wv", "w1", "w3", "output")
 BY_INPUT = ("wo", "w2")
-EMBEDDING, HEAD = "tok_embeddings.weight", "output.weight"
+EMBEDDING, HEAD, QUERIES = "tok_embeddings.weight", "output.weight", "layers.0.attention.wq.weight"
 FREQUENCIES = "rope.freqs"
+FREQUENCIES_ANYWHERE = re.compile(r"(layers\.\d+\.attention\.inner_attention\.)?rope\.freqs")  # 7B has them in layers
 
 
 def looks_like(path: Path) -> bool:
@@ -117,9 +121,7 @@ def open_source(path: Path, *, max_seq_len: int | None) -> MetaSource:
             raise CheckpointError(f"{file}: it and {files[0].name} have not the same tensors ({names})")
     params = read_json(path / PARAMS_FILE)
     model = _model_of(params, path / PARAMS_FILE, shards, max_seq_len)
-    _check_frequencies(shards, model)
-    for shard in shards:
-        shard.pop(FREQUENCIES, None)
+    _take_frequencies(shards, model)
     dimension = _check_parts(path, shards, model)
     sizes = {file.name: file.stat().st_size for file in files}
     source = MetaSource(
@@ -145,10 +147,11 @@ def _model_of(
             f"{', '.join(sorted(KNOWN))}"
         )
     first = shards[0]
-    for name in (EMBEDDING, HEAD, "layers.0.feed_forward.w1.weight"):
+    for name in (EMBEDDING, HEAD, QUERIES):
         if name not in first or len(first[name].shape) != 2:
             raise CheckpointError(f"{where.parent}: {name} is missing in the first shard, or is no matrix")
     dim, heads = whole(params, "dim", where), whole(params, "n_heads", where)
+    _refuse_another_count(len(shards), dim, first[QUERIES])
     kv_heads = whole(params, "n_kv_heads", where, heads)
     multiplier = number(params, "ffn_dim_multiplier", where) if params.get("ffn_dim_multiplier") is not None else None
     multiple_of = whole(params, "multiple_of", where, 256)
@@ -167,8 +170,22 @@ def _model_of(
         norm_eps=number(params, "norm_eps", where, 1e-5),
     )
     if params.get("vocab_size", -1) not in (-1, None, model.vocab_size):
-        raise CheckpointError(f"{where}: vocab_size is {params['vocab_size']}, the head has {model.vocab_size} rows")
+        raise CheckpointError(
+            f"{where}: vocab_size is {shown(params['vocab_size'])}, the head has {model.vocab_size} rows"
+        )
     return checked_model(model, where, tensors=len(first))
+
+
+def _refuse_another_count(count: int, dim: int, queries: Region) -> None:
+    """Raises CheckpointError if the rows of wq, of which the model has `dim`, are of more shards than there are."""
+    rows = queries.shape[0]
+    cut = dim // rows if rows and dim % rows == 0 else count
+    if count < cut <= MOST_SHARDS:
+        raise CheckpointError(
+            f"{queries.path.parent}: dim is {dim} and {QUERIES} has {rows} rows in a shard, so the weights were cut "
+            f"into {cut} shards, and {count} {'is' if count == 1 else 'are'} there: is consolidated.{count:02d}.pth "
+            "missing?"
+        )
 
 
 def _check_parts(path: Path, shards: list[dict[str, Region]], model: ModelConfig) -> int:
@@ -190,16 +207,21 @@ def _check_parts(path: Path, shards: list[dict[str, Region]], model: ModelConfig
     return dimension
 
 
-def _check_frequencies(shards: list[dict[str, Region]], model: ModelConfig) -> None:
-    """The rotary frequencies that released files hold must be those of rope_theta."""
-    region = shards[0].get(FREQUENCIES)
-    if region is None:
-        return
-    wanted = [model.rope_theta ** (-2 * i / model.head_dim) for i in range(model.head_dim // 2)]
-    if region.shape != (len(wanted),) or not torch.allclose(
-        region.read().double(), torch.tensor(wanted, dtype=torch.float64), rtol=1e-2, atol=1e-6
-    ):
-        raise CheckpointError(f"{region.path}: {FREQUENCIES} are not those of rope_theta={model.rope_theta}")
+def frequencies_of(model: ModelConfig) -> Tensor:
+    """The rotary frequencies of a head: fp64 [K/2]."""
+    pairs = torch.arange(model.head_dim // 2, dtype=torch.float64)
+    return model.rope_theta ** (-2 * pairs / model.head_dim)
+
+
+def _take_frequencies(shards: list[dict[str, Region]], model: ModelConfig) -> None:
+    """Take out the rotary frequencies that released files hold; they must be those of rope_theta."""
+    for shard in shards:
+        for name in [name for name in shard if FREQUENCIES_ANYWHERE.fullmatch(name)]:
+            region = shard.pop(name)
+            if region.shape != (model.head_dim // 2,) or not torch.allclose(
+                region.read().double(), frequencies_of(model), rtol=1e-2, atol=1e-6
+            ):
+                raise CheckpointError(f"{region.path}: {name} are not those of rope_theta={model.rope_theta}")
 
 
 def _is_tied(source: MetaSource) -> bool:
@@ -250,7 +272,7 @@ def write(directory: Path, weights: Cast, *, shards: int, told: Callable[[int], 
     """Write a source's weights as so many shards. `told` hears the bytes written."""
     model = weights.source.model
     shapes = parameter_shapes(replace(model, tied_embeddings=False))
-    frequencies = torch.tensor([model.rope_theta ** (-2 * i / model.head_dim) for i in range(model.head_dim // 2)])
+    frequencies = frequencies_of(model).float()
     described = {
         name: (weights.dtype_of(_read_as(name, model)), _part(name, shape, shards)) for name, shape in shapes.items()
     }

@@ -4,9 +4,9 @@ An import is a folder like a run's, `tokenizer.model` and `checkpoints/step-0000
 folder takes it. Its weights are fp32, as training has them, in files that each count as a rank's.
 """
 
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ from llamatrain.checkpoint.interchange import safetensors_files
 from llamatrain.checkpoint.interchange.source import (
     Cast,
     Source,
+    bytes_bar,
     check_shapes,
     checked_model,
+    counted,
     in_files,
     parameter_bytes,
 )
@@ -43,23 +45,43 @@ class OwnSource(Source):
 
     reader: store.Reader
     dtypes: Mapping[str, torch.dtype]
+    files: Mapping[str, commit.FileEntry]  # with weights
+    cut: bool  # of several ranks, so that each read opens many files
+    ahead: dict[str, Tensor] = field(default_factory=dict)  # read with one that was asked for
 
     def dtype_of(self, name: str) -> torch.dtype:
         return self.dtypes[name]
 
     def read(self, name: str) -> Tensor:
-        tensor = torch.empty(parameter_shapes(self.model)[name], dtype=self.dtypes[name])
-        self.reader.fill("model", {name: tensor}, partly=True)
-        return tensor
+        if name not in self.ahead:
+            self.ahead.clear()
+            self.ahead.update(self._read(self._layer_of(name) if self.cut else [name]))
+        return self.ahead.pop(name)
+
+    def _layer_of(self, name: str) -> list[str]:
+        """The parameters of the same layer; of what is in none, that one."""
+        return [other for other in self.dtypes if other.split(".")[:2] == name.split(".")[:2]]
+
+    def _read(self, names: Sequence[str]) -> dict[str, Tensor]:
+        shapes = parameter_shapes(self.model)
+        tensors = {name: torch.empty(shapes[name], dtype=self.dtypes[name]) for name in names}
+        self.reader.fill("model", tensors, partly=True)
+        return tensors
+
+    def verify_hashes(self) -> None:
+        with bytes_bar(sum(entry["size"] for entry in self.files.values()), "checking") as bar:
+            for name, entry in self.files.items():
+                commit.verify_file(self.path, name, entry)
+                bar.update(entry["size"])
 
 
-def open_source(path: Path, *, verify_hashes: bool, max_seq_len: int | None) -> OwnSource:
-    """A checkpoint, or the newest of a run; max_seq_len: another length than its own.
+def open_source(path: Path, *, max_seq_len: int | None) -> OwnSource:
+    """A checkpoint, or the newest of a run, its hashes not compared; max_seq_len: another length than its own.
 
     Raises CheckpointError, and DataError for a tokenizer not its own.
     """
-    checkpoint = store.find_checkpoint(path)
-    manifest = store.open_checkpoint(checkpoint, groups=["model"], hashes=verify_hashes)
+    checkpoint = commit.find_checkpoint(path, setting="input")
+    manifest = store.open_checkpoint(checkpoint, groups=["model"], hashes=False)
     entries = manifest["tensors"]["model"]
     try:
         model = build(ModelConfig, manifest["model"])
@@ -78,6 +100,8 @@ def open_source(path: Path, *, verify_hashes: bool, max_seq_len: int | None) -> 
         path=checkpoint,
         model=model,
         reader=store.Reader(checkpoint, manifest),
+        files={name: entry for name, entry in manifest["files"].items() if name.startswith("model.")},
+        cut=any(len(list(islice(store.chunks_of(entry), 2))) > 1 for entry in entries.values()),
         dtypes={name: store.DTYPES[entry["dtype"]] for name, entry in entries.items()},
         tokenizer=tokenizer if tokenizer.is_file() else None,
         tokens=tokens,
@@ -88,7 +112,7 @@ def open_source(path: Path, *, verify_hashes: bool, max_seq_len: int | None) -> 
 def write(
     directory: Path, weights: Cast, tokenizer: Tokenizer, *, largest_file: int, told: Callable[[int], None]
 ) -> None:
-    """Write a source's weights as an import. `told` hears the bytes written."""
+    """Write a source's weights as an import, all but the tokenizer's file. `told` hears the bytes written."""
     source, root = weights.source, directory / CHECKPOINTS
     shapes = parameter_shapes(source.model)
     temporary = commit.begin(root, 0)
@@ -97,7 +121,7 @@ def write(
     for part, names in enumerate(in_files(parameter_bytes(weights).items(), largest_file)):
         path = temporary / store.file_name("model", part)
         described = {name: (weights.dtype_of(name), shapes[name]) for name in names}
-        safetensors_files.write(path, described, _read(weights, names, told), {})
+        safetensors_files.write(path, described, counted((weights.read(name) for name in names), told), {})
         files[path.name] = commit.seal(path)
         for name in names:
             dtype, shape = str(weights.dtype_of(name)).removeprefix("torch."), list(shapes[name])
@@ -111,11 +135,3 @@ def write(
         "tensors": {"model": tensors},
     }
     commit.commit(temporary, content, files)
-    shutil.copyfile(tokenizer.path, directory / TOKENIZER_FILE)
-
-
-def _read(weights: Cast, names: list[str], told: Callable[[int], None]) -> Iterator[Tensor]:
-    for name in names:
-        tensor = weights.read(name)
-        yield tensor
-        told(tensor.nbytes)

@@ -38,11 +38,11 @@ ORDERED_DICT, REBUILD, PARAMETER = (
     "torch._utils._rebuild_parameter",
 )
 # What the standard library raises on archives and opcodes that are not sound.
-DAMAGED = (zipfile.BadZipFile, EOFError, ValueError, LookupError, TypeError, RuntimeError, struct.error)
+DAMAGED = (EOFError, ValueError, LookupError, TypeError, RuntimeError, struct.error)
 ALLOWED = {*STORAGES, ORDERED_DICT, REBUILD, PARAMETER}
-LARGEST_PICKLE = 64 << 20  # bytes of data.pkl; 65B has 100 kB
-LARGEST_DIRECTORY = 64 << 20  # bytes of a zip archive's directory
-END_OF_ZIP, END_OF_ZIP64, LONGEST_COMMENT = b"PK\5\6", b"PK\6\6", 65_535
+LARGEST_PICKLE = 4 << 20  # bytes of data.pkl; 65B has 100 kB. Read, empty dictionaries take 64 times their opcodes
+LARGEST_DIRECTORY = 4 << 20  # bytes of a zip archive's directory; 65B has 60 kB
+BEGIN_OF_ZIP, END_OF_ZIP, END_OF_ZIP64, LONGEST_COMMENT = b"PK\3\4", b"PK\5\6", b"PK\6\6", 65_535
 ALIGNMENT = 64  # of a storage in the file, as torch has it
 
 
@@ -109,6 +109,8 @@ def read_header(path: Path) -> dict[str, Region]:
             content = interpret(program, path, storage)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from None
+    except zipfile.BadZipFile as error:
+        raise CheckpointError(f"{path}: truncated or damaged ({error})") from None
     except DAMAGED as error:
         raise CheckpointError(f"{path}: no file of torch.save that can be read ({error})") from None
     if not isinstance(content, dict):
@@ -125,6 +127,9 @@ def _check_directory(path: Path, file: Any) -> None:
     file.seek(max(0, size - LONGEST_COMMENT - 200))
     tail = file.read()
     end = tail.rfind(END_OF_ZIP)
+    file.seek(0)
+    if end < 0 and file.read(len(BEGIN_OF_ZIP)) in (BEGIN_OF_ZIP, b""):
+        raise CheckpointError(f"{path}: truncated or damaged: it has {size} bytes and no end of an archive among them")
     if end < 0:
         raise CheckpointError(
             f"{path}: not a file of torch.save as torch 1.6 and later write it (a zip archive); where you trust it, "
@@ -153,7 +158,7 @@ def _place(path: Path, file: Any, info: zipfile.ZipInfo | None, key: str) -> tup
     file.seek(info.header_offset)
     local = file.read(30)
     begin = info.header_offset + 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
-    if local[:4] != b"PK\3\4" or begin + info.file_size > file.seek(0, io.SEEK_END):
+    if local[:4] != BEGIN_OF_ZIP or begin + info.file_size > file.seek(0, io.SEEK_END):
         raise CheckpointError(f"{path}: storage {key} lies outside the file; it is truncated")
     return begin, info.file_size
 
@@ -164,10 +169,10 @@ def interpret(program: bytes, path: Path, storage: Callable[[torch.dtype, str, i
     memo: dict[Any, Any] = {}
 
     def since_mark() -> list[Any]:
-        place = max(i for i, value in enumerate(stack) if value is _Mark)
-        values = stack[place + 1 :]
-        del stack[place:]
-        return values
+        values = []
+        while (value := stack.pop()) is not _Mark:
+            values.append(value)
+        return values[::-1]
 
     for opcode, argument, _ in pickletools.genops(program):
         match opcode.name:

@@ -7,8 +7,8 @@ a file asks for no more memory than it is long.
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from llamatrain.arithmetic import parameter_shapes
 from llamatrain.config.model import ModelConfig, check_model
@@ -23,9 +24,8 @@ from llamatrain.errors import CheckpointError, ConfigError
 
 log = logging.getLogger("llamatrain")
 
-LARGEST_JSON = 64 << 20  # bytes; an index of 65B has 60 kB
+LARGEST_JSON = 8 << 20  # bytes; an index of 65B has 60 kB. Parsed, empty lists take thirty times their text
 LARGEST_SIZE = 2**40  # of a model's numbers: beyond, products of them would be of no use in messages
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,10 @@ class Source(ABC):
     def read(self, name: str) -> Tensor:
         """One parameter, whole, by this program's name and in its layout. Raises CheckpointError."""
 
+    def verify_hashes(self) -> None:
+        """Compare the files with the hashes that are known of them; most forms have none. Raises CheckpointError."""
+        return None
+
 
 @dataclass(frozen=True)
 class Cast:
@@ -96,7 +100,6 @@ class Cast:
 
     source: Source
     dtype: torch.dtype | None = None  # None: as they are stored
-    _told: set[str] = field(default_factory=set)
 
     def dtype_of(self, name: str) -> torch.dtype:
         return self.dtype or self.source.dtype_of(name)
@@ -110,7 +113,8 @@ class Cast:
         largest = torch.finfo(self.dtype_of(name)).max
         if not (-float("inf") < low and high < float("inf")):
             log.warning("%s: %s holds numbers that are not finite", self.source.path, name)
-        elif max(-low, high) > largest:
+            low, high = (value.item() for value in tensor.nan_to_num(0.0, 0.0, 0.0).aminmax())
+        if max(-low, high) > largest:
             raise CheckpointError(
                 f"{self.source.path}: {name} holds {max(-low, high):.4g}, beyond the {largest:.4g} of "
                 f"{str(self.dtype_of(name)).removeprefix('torch.')}; choose dtype=bf16 or dtype=fp32"
@@ -148,8 +152,18 @@ def check_shapes(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tupl
 
 def refuse_what_is_no_file(path: Path) -> None:
     """Raises CheckpointError for a path where nothing is, or a pipe say, which would be waited for."""
-    if not path.is_file():
+    try:
+        is_file = path.is_file()
+    except OSError:  # a name that is too long
+        is_file = False
+    if not is_file:
         raise CheckpointError(f"{path}: there is no such file")
+
+
+def shown(value: Any) -> str:
+    """A value of a JSON file, for a message."""
+    text = json.dumps(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -171,7 +185,7 @@ def number(content: Mapping[str, Any], key: str, where: Path, default: float | N
     value: Any = content.get(key)
     value = default if value is None else value
     if type(value) not in (int, float) or not 0 < value < 1e15:
-        raise CheckpointError(f"{where}: {key} is {value!r}, and must be a number above 0")
+        raise CheckpointError(f"{where}: {key} is {shown(value)}, and must be a number above 0")
     return float(value)
 
 
@@ -179,7 +193,7 @@ def whole(content: Mapping[str, Any], key: str, where: Path, default: int | None
     """A positive whole number of a JSON object. Raises CheckpointError naming the key."""
     value = number(content, key, where, default)
     if value != int(value) or value > LARGEST_SIZE:
-        raise CheckpointError(f"{where}: {key} is {value!r}, and must be a whole number up to {LARGEST_SIZE}")
+        raise CheckpointError(f"{where}: {key} is {shown(value)}, and must be a whole number up to {LARGEST_SIZE}")
     return int(value)
 
 
@@ -200,3 +214,15 @@ def parameter_bytes(weights: Cast) -> dict[str, int]:
     """Bytes of each parameter as it is written, in the order of the model."""
     shapes = parameter_shapes(weights.source.model)
     return {name: prod(shape) * weights.dtype_of(name).itemsize for name, shape in shapes.items()}
+
+
+def bytes_bar(total: int, told: str) -> Any:
+    """A progress bar of bytes, shown on a terminal."""
+    return tqdm(total=total, desc=told, unit="B", unit_scale=True, unit_divisor=1024, disable=None)
+
+
+def counted(tensors: Iterable[Tensor], told: Callable[[int], None]) -> Iterator[Tensor]:
+    """The tensors; `told` hears the bytes of each once it was taken care of."""
+    for tensor in tensors:
+        yield tensor
+        told(tensor.nbytes)
