@@ -225,12 +225,14 @@ def _of_device(table: Mapping[str, float], device_name: str) -> float | None:
     return next((value for pattern, value in table.items() if re.fullmatch(pattern, name)), None)
 
 
-def carbon(gpu_hours: float, *, watts: float, pue: float = 1.1, kg_per_kwh: float = 0.385) -> tuple[float, float]:
+PUE = 1.1  # what a data centre draws for each unit of energy that arrives at its accelerators; the paper's
+KG_PER_KWH = 0.385  # of CO2 equivalent, the average of the grid of the United States; the paper's
+
+
+def carbon(gpu_hours: float, *, watts: float, pue: float = PUE, kg_per_kwh: float = KG_PER_KWH) -> tuple[float, float]:
     """Energy in MWh and emissions in tonnes of CO2 equivalent, by the method of LLaMA's paper (arXiv 2302.13971, 6).
 
-    Accelerators draw `watts` all the time; `pue` is what a data centre draws for each unit that arrives there,
-    `kg_per_kwh` the average of the grid of the United States. Hosts, network, and what making it all cost, are left
-    out.
+    Accelerators draw `watts` all the time. Hosts, network, and what making it all cost, are left out.
     """
     mwh = gpu_hours * watts * pue / 1e6
     return mwh, mwh * kg_per_kwh

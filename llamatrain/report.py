@@ -18,20 +18,21 @@ PAGE = "report"  # the folder in a run's directory
 
 
 def run(settings: ReportConfig) -> None:
-    """Print the comparison, and write the page if it is asked for."""
+    """Write the page if it is asked for, and print the comparison, of which a reader may have seen enough."""
     check_report(settings)
     if settings.format == "html":
         from llamatrain.reporting.style import check_plots
 
         check_plots()
     runs = read_runs(settings.runs)
-    print(compared(runs, power_watts=settings.power_watts))
+    told = [compared(runs, power_watts=settings.power_watts)]
     if settings.format == "html":
         from llamatrain.reporting.page import write_report
 
         directory = Path(settings.output) if settings.output else runs[0].path / PAGE
         written = write_report(runs, directory, title=settings.title, power_watts=settings.power_watts)
-        print(f"\n{written}")
+        told.append(str(written))
+    print("\n\n".join(told), flush=True)
 
 
 def main() -> None:

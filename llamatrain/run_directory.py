@@ -11,6 +11,7 @@ launch/         of launch.slurm: the setup file, the jobs' output, what ended a 
 hang-…/         what was found out when the ranks came no further
 profile/        where the time of some steps went, if logging.profile_steps asked for it
 report/         the page that llamatrain.report made of it
+evaluations/    scores by llamatrain.evaluate
 checkpoints/    step-00001234/ …
 lock            held by the process that works here
 """
@@ -212,13 +213,13 @@ class RunDirectory:
             else:
                 self._unwritten = False
 
-    def note_failure(self, state: str, reason: str) -> None:
+    def note_failure(self, state: str, reason: str, **more: Any) -> None:
         """Journal a failure and set the status, from whichever rank. A crash's state is `running`.
 
         A run that is done stays done, whatever was typed after it. A disk that takes neither does not hide the failure.
         """
         with self._disk_may_refuse("the failure"):
-            self.record(CRASH if state == RUNNING else state, reason=reason)
+            self.record(CRASH if state == RUNNING else state, reason=reason, **more)
         if not (self.was_done and state == BAD_INPUT):
             with self._disk_may_refuse("the status"):
                 self._write_status(state, reason)
@@ -283,7 +284,7 @@ def note_refusal(path: str | Path, reason: str) -> None:
     """Set the status of a run that exists, and in which nobody works, to bad_input."""
     if read_status(path) is not None:
         directory = RunDirectory(path)
-        directory.note_failure(BAD_INPUT, reason)
+        directory.note_failure(BAD_INPUT, reason, last_heartbeat=directory.last_heartbeat)
         directory.close()
 
 

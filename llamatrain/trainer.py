@@ -363,6 +363,7 @@ class Trainer:
         self.bad_steps.forget()
         self.rollbacks += 1
         self.throughput.pause(time.perf_counter() - started)
+        self.accounts.write(self.step)  # what was counted until here is lost with the rest
         return True
 
     def _logging_due(self, step: int) -> bool:
@@ -438,7 +439,7 @@ class Trainer:
             **{f"data/epoch.{name}": epoch for name, epoch in epochs.items()},
             **self.throughput.lap(),
             **self.stragglers.record(),
-            **self.accounts.record(self.step),
+            **self.accounts.record(),
             "perf/memory_gib": memory_gib(self.device),
         }
 

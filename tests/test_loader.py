@@ -164,7 +164,7 @@ def test_starting_from_any_state_equals_running_there(sources: list[Source], wor
     batches = steps(sources, 12, world_size=world_size, prefetch_steps=5)
     for step in range(11):
         state = DataState.from_json(batches[step].state_after.to_json())
-        assert state == START.state_after(step + 1, GLOBAL_BATCH)
+        assert state == START.advance((step + 1) * GLOBAL_BATCH)
         (resumed,) = steps(sources, 1, state, world_size=world_size)
         assert np.array_equal(resumed.samples, batches[step + 1].samples)
         assert torch.equal(resumed.rows, batches[step + 1].rows)

@@ -309,7 +309,7 @@ def test_a_checkpoint_with_other_sources_is_refused_by_name() -> None:
 def test_steps_take_consecutive_samples() -> None:
     state = DataState.start({"a": 1})
     for step in range(5):
-        assert state.state_after(step, 8).take(8).tolist() == list(range(step * 8, step * 8 + 8))
+        assert state.advance(step * 8).take(8).tolist() == list(range(step * 8, step * 8 + 8))
 
 
 @given(

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamatrain import report
-from llamatrain.arithmetic import board_watts, carbon
+from llamatrain.arithmetic import KG_PER_KWH, PUE, board_watts, carbon
+from llamatrain.config.plan import PlanConfig
 from llamatrain.config.report import ReportConfig
 from llamatrain.errors import ConfigError, DataError
+from llamatrain.observe.goodput import AT_WORK, WITHOUT_A_WORD, Ledger
 from llamatrain.reporting import figures, words
-from llamatrain.reporting.attempts import AT_WORK, WITHOUT_A_WORD, attempts_of
-from llamatrain.reporting.comparison import at_equal_tokens, carbon_of, differing_settings, restarts, summary
+from llamatrain.reporting.comparison import at_equal_tokens, carbon_of, differing_settings, summary
+from llamatrain.reporting.page import validation_table
 from llamatrain.reporting.runs import read_run, read_runs
 from llamatrain.reporting.series import (
     DRAWN_POINTS,
@@ -33,7 +36,7 @@ from llamatrain.reporting.series import (
     trailing_mean,
     window_of,
 )
-from llamatrain.reporting.style import Plot, as_svg
+from llamatrain.reporting.style import PART_COLOURS, RUN_COLOURS, NoPlot, Plot, as_svg
 from llamatrain.reporting.terminal import compared
 from tests.small_run import small_config, train_in_process
 
@@ -125,9 +128,47 @@ def test_a_half_written_line_is_left_out_and_a_broken_one_named(tmp_path: Path) 
         read_run(path)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        ("metrics.jsonl", '{"a": 1}', "metrics.jsonl, line 1: lacks step, tokens, time"),
+        ("metrics.jsonl", '{"step": 1, "time": 1.0, "tokens": null}', "metrics.jsonl, line 1: lacks tokens"),
+        ("journal.jsonl", "{}", "journal.jsonl, line 1: lacks event"),
+        ("samples.jsonl", "{}", "samples.jsonl, line 1: lacks step, tokens, samples"),
+        (
+            "samples.jsonl",
+            '{"step": 1, "tokens": 1, "samples": [{"prompt": "a"}]}',
+            "samples.jsonl, line 1, a sample: lacks continuation",
+        ),
+        ("samples.jsonl", '{"step": 1, "tokens": 1, "samples": [1]}', "samples.jsonl, line 1, a sample: not a record"),
+        ("status.json", "{}", "status.json: lacks state, step, heartbeat"),
+    ],
+)
+def test_a_record_that_lacks_a_field_is_named(file: str, content: str, told: str, tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run")
+    (path / file).write_text(f"{content}\n")
+    with pytest.raises(DataError, match=re.escape(told)):
+        read_run(path)
+
+
 def test_where_nothing_ran_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nothing ever ran there"):
         read_run(tmp_path)
+
+
+def test_runs_with_a_comma_between_them_are_told_how_to_be_given(tmp_path: Path) -> None:
+    write_run(tmp_path / "a,b")
+    assert len(read_runs([f"{tmp_path}/a,b"])) == 1
+    with pytest.raises(ConfigError, match=r"several are given as 'run=\[runs/a,runs/b\]'"):
+        read_runs(["runs/a,runs/b"])
+
+
+def test_of_an_empty_journal_nothing_is_told(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", device="NVIDIA H100 80GB HBM3")
+    (path / "journal.jsonl").write_text("")
+    one = summary(read_run(path), power_watts=100)
+    assert (one.goodput, one.carbon.device_hours, one.carbon.tonnes) == (None, None, None)
+    assert re.search(r"goodput +–\nrestarts +0\ndevice hours +–\nCO2eq +–", compared([read_run(path)], width=60))
 
 
 def test_runs_of_one_name_are_told_apart_by_their_places(tmp_path: Path) -> None:
@@ -165,7 +206,7 @@ CRASHED = [
 
 
 def test_attempts_tell_when_what_was_lost_was_trained() -> None:
-    first, second = attempts_of(CRASHED)
+    first, second = Ledger(CRASHED).attempts
     assert (first.ended, first.end, first.from_step, first.to_step) == (250.0, WITHOUT_A_WORD, 0, 80)
     assert first.lost == [(100.0, 250.0)]  # it went on from step 40
     assert (second.end, second.reason, second.from_step, second.to_step) == ("stop", "signal", 40, 120)
@@ -175,13 +216,20 @@ def test_attempts_tell_when_what_was_lost_was_trained() -> None:
 
 def test_nothing_is_lost_by_a_stop_that_was_saved() -> None:
     resumed = [*CRASHED, journal_entry("launch", 600.0), journal_entry("start", 610.0, step=120, resumed_from=120)]
-    assert [attempt.lost for attempt in attempts_of(resumed)] == [[(100.0, 250.0)], [(400.0, 450.0)], []]
+    assert [attempt.lost for attempt in Ledger(resumed).attempts] == [[(100.0, 250.0)], [(400.0, 450.0)], []]
 
 
 def test_a_run_at_work_is_told_up_to_its_last_sign(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", journal=CRASHED[:4], state="running", heartbeat=230.0, step=90)
     (attempt,) = read_run(path).attempts
     assert (attempt.ended, attempt.end, attempt.to_step) == (230.0, AT_WORK, 90)
+
+
+def test_a_run_that_is_silent_is_told_as_that(tmp_path: Path) -> None:
+    now = time.time()
+    for silent_s, told in ((20, "running"), (7200, "running, silent for 2 h")):
+        path = write_run(tmp_path / f"{silent_s}", journal=CRASHED[:4], state="running", heartbeat=now - silent_s)
+        assert summary(read_run(path)).state == told
 
 
 def test_a_launch_of_a_run_that_was_done_is_no_restart(tmp_path: Path) -> None:
@@ -194,26 +242,40 @@ def test_a_launch_of_a_run_that_was_done_is_no_restart(tmp_path: Path) -> None:
     ]
     run = read_run(write_run(tmp_path / "run", journal=again))
     assert len(run.attempts) == 2
-    assert restarts(run) == 0
+    assert run.restarts == []
 
 
-EVENTS = st.sampled_from(["launch", "start", "account", "rollback", "stop", "crash", "done"])
+def test_launches_before_the_first_that_trained_are_no_restarts(tmp_path: Path) -> None:
+    refused = [
+        one
+        for n in range(3)
+        for one in (journal_entry("launch", 10.0 * n), journal_entry("bad_input", 10.0 * n + 1, reason="memory"))
+    ]
+    never = read_run(write_run(tmp_path / "never", journal=refused, state="bad_input"))
+    assert (len(never.attempts), never.restarts) == (3, [])
+    later = [{**one, "time": one["time"] + 100} for one in CRASHED]
+    assert len(read_run(write_run(tmp_path / "later", journal=[*refused, *later])).restarts) == 1
 
 
-@settings(deadline=None)
-@given(events=st.lists(st.tuples(EVENTS, st.floats(0, 100), st.integers(0, 50)), max_size=30))
-def test_attempts_follow_one_another_and_lose_no_more_than_they_had(events: list[tuple[str, float, int]]) -> None:
-    entries, now = [], 0.0
-    for event, passed, step in events:
-        now += passed
-        fields = {"resumed_from": step, "to_step": step, "last_heartbeat": now - passed / 2}
-        entries.append(journal_entry(event, now, step=step, **fields))
-    before = 0.0
-    for attempt in attempts_of(entries):
-        assert before <= attempt.launched <= attempt.ended
-        before = attempt.ended
-        places = [attempt.launched, *(edge for span in attempt.lost for edge in span), attempt.ended]
-        assert places == sorted(places)
+def test_the_rate_is_that_of_the_devices_each_line_was_written_on(tmp_path: Path) -> None:
+    journal = [
+        journal_entry("launch", 0.0, world_size=8),
+        journal_entry("start", 0.5, step=0, resumed_from=None),
+        journal_entry("account", 150.5, step=150),
+        journal_entry("stop", 150.5, step=150),
+        journal_entry("launch", 150.6, world_size=2, last_heartbeat=150.5),
+        journal_entry("start", 150.7, step=150, resumed_from=150),
+        journal_entry("account", 200.0, step=200),
+        journal_entry("stop", 200.0, step=200),
+        journal_entry("launch", 300.0, world_size=1),
+        journal_entry("bad_input", 301.0, reason="memory"),
+    ]
+    run = read_run(write_run(tmp_path / "run", journal=journal))  # a line a second, each of 500 on a device
+    assert summary(run).tokens_per_s == 500 * 8
+    assert run.devices == 2
+    kept = [line for line in (run.path / "metrics.jsonl").read_text().splitlines() if json.loads(line)["step"] > 150]
+    (run.path / "metrics.jsonl").write_text("".join(f"{line}\n" for line in kept))
+    assert summary(read_run(run.path)).tokens_per_s == 500 * 2
 
 
 # Numbers
@@ -238,13 +300,22 @@ def test_drawing_few_points_hides_no_extreme(values: np.ndarray, points: int) ->
 def test_smoothing_leaves_a_line_as_it_is(level: float, slope: float, count: int, window: float) -> None:
     tokens = np.arange(count, dtype=float)
     line = Series(tokens, level + slope * tokens)
-    assert smoothed(line, window).values == pytest.approx(line.values, abs=1e-6)
+    drawn = smoothed(line, window)
+    assert drawn.values == pytest.approx(line.values[: len(drawn)], abs=1e-6)
+    assert 2 * len(drawn) >= len(line)
 
 
 def test_smoothing_takes_noise_away() -> None:
     noise = np.random.default_rng(0).normal(size=1000)
     one = Series(np.arange(1000.0), noise)
     assert smoothed(one, window_of([one])).values.std() < 0.4
+
+
+def test_a_line_does_not_end_on_the_noise_of_one_point() -> None:
+    values = np.zeros(1000)
+    values[-1] = 1.0
+    one = Series(np.arange(1000.0), values)
+    assert smoothed(one, window_of([one])).last < 0.25
 
 
 def test_runs_of_other_log_intervals_are_smoothed_over_the_same_tokens() -> None:
@@ -306,6 +377,10 @@ def test_energy_and_carbon_are_those_of_the_papers_table_15(gpu_hours: int, mwh:
     watts = board_watts("NVIDIA A100-SXM4-80GB")
     assert watts == 400
     assert carbon(gpu_hours, watts=watts) == pytest.approx((mwh, tonnes), rel=0.03)
+
+
+def test_plans_and_reports_reckon_alike() -> None:
+    assert (PlanConfig().pue, PlanConfig().kg_per_kwh) == (PUE, KG_PER_KWH)
 
 
 def test_carbon_is_told_where_the_power_is_known_or_given(tmp_path: Path) -> None:
@@ -388,6 +463,19 @@ def test_without_matplotlib_the_way_out_is_named(tmp_path: Path, monkeypatch: py
 # The page
 
 
+def test_a_reader_who_leaves_does_not_cost_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    path = write_run(tmp_path / "run", steps=10)
+
+    def broken(*_: object, **__: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", broken)
+    with pytest.raises(BrokenPipeError):
+        report.run(ReportConfig(run=str(path)))
+    assert (path / "report" / "report.html").exists()
+
+
 @pytest.fixture(scope="module")
 def page_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], tuple[Path, str]]:
     """The report of two runs with everything there is, hostile texts too; made once."""
@@ -459,6 +547,17 @@ def test_samples_are_shown_from_the_last_to_the_first(page_of: Callable[[], tupl
     assert steps == sorted(steps, reverse=True)
 
 
+def test_a_run_is_compared_with_one_that_has_nothing_yet(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    write_run(tmp_path / "a", name="a")
+    (write_run(tmp_path / "b", name="b") / "metrics.jsonl").write_text("")
+    runs = read_runs([f"{tmp_path}/a", f"{tmp_path}/b"])
+    drawn = figures.loss(runs)
+    assert isinstance(drawn, Plot)
+    assert "cut off" in drawn.caption
+    assert len(compared(runs).splitlines()) > 3
+
+
 def test_what_cannot_be_drawn_is_said(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     path = write_run(tmp_path / "run", name=HOSTILE, reason=HOSTILE)
@@ -483,6 +582,17 @@ def test_numbers_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
         assert "nan" not in as_svg(plot).lower()
 
 
+def test_losses_none_of_which_is_finite_are_told_as_that(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = write_run(tmp_path / "run", steps=60)
+    text = (path / "metrics.jsonl").read_text()
+    (path / "metrics.jsonl").write_text(re.sub(r'"(train|eval/[a-z.]*)/loss": [\d.]+', r'"\1/loss": NaN', text))
+    run = read_run(path)
+    assert figures.loss([run]) == NoPlot("Training loss", "no value that was logged is finite")
+    assert [type(plot) for plot in figures.validation([run])] == [NoPlot]
+    assert "nan" not in validation_table([run])
+
+
 @pytest.mark.slow
 def test_a_real_run_has_its_report(
     sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -498,6 +608,30 @@ def test_a_real_run_has_its_report(
     for source in sources:
         assert f">{source}<" in page  # in the validation's table and legend
     assert "tokens, step 12</span>" in page
+
+
+# Linear RGB as seen without red cones, and without green ones: Viénot, Brettel and Mollon 1999
+PROTANOPE = np.array([[0.11238, 0.88762, 0], [0.11238, 0.88762, 0], [0.00401, -0.00401, 1]])
+DEUTERANOPE = np.array([[0.29275, 0.70725, 0], [0.29275, 0.70725, 0], [-0.02234, 0.02234, 1]])
+
+
+def lab(colour: str, eyes: np.ndarray) -> np.ndarray:
+    """CIE L*a*b* of an sRGB colour as those eyes see it."""
+    encoded = np.array([int(colour[place : place + 2], 16) for place in (1, 3, 5)]) / 255
+    linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
+    xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) @ (
+        np.clip(eyes @ linear, 0, 1)
+    )
+    x, y, z = np.cbrt(xyz / [0.9505, 1, 1.089])
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("eyes", [np.eye(3), PROTANOPE, DEUTERANOPE], ids=["most", "no red", "no green"])
+@pytest.mark.parametrize("colours", [RUN_COLOURS, tuple(PART_COLOURS.values())], ids=["runs", "parts"])
+def test_colours_are_told_apart_by_all_eyes(colours: tuple[str, ...], eyes: np.ndarray) -> None:
+    seen = {colour: lab(colour, eyes) for colour in colours}
+    apart = {(a, b): float(np.linalg.norm(seen[a] - seen[b])) for a in colours for b in colours if a < b}
+    assert min(apart.values()) > 10, min(apart, key=lambda pair: apart[pair])
 
 
 # In a browser

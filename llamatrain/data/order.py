@@ -229,10 +229,6 @@ class DataState:
         """The state when the next `count` samples have been consumed."""
         return replace(self, next_sample=int(self.sample_at(np.array([count], np.int64))[0]))
 
-    def state_after(self, steps: int, global_batch: int) -> "DataState":
-        """The state after `steps` optimizer steps of `global_batch` samples."""
-        return self.advance(steps * global_batch)
-
     def pass_over(self, first: int, end: int) -> "DataState":
         """The same state without samples [first, end), whether they lie ahead or behind."""
         if not 0 <= first < end:

@@ -64,7 +64,8 @@ class Stragglers:
     def step_begins(self, *, data_wait_s: float) -> None:
         """The batch is there."""
         self._began = time.perf_counter()
-        self._wait_ms.append(data_wait_s * 1e3)
+        if self._blocks:  # or nobody would ever take it
+            self._wait_ms.append(data_wait_s * 1e3)
 
     def first_collective(self) -> None:
         """From here on others can make this rank wait."""

@@ -7,20 +7,25 @@ import numpy as np
 
 from llamatrain.observe.goodput import PARTS
 from llamatrain.reporting import words
-from llamatrain.reporting.comparison import restarts
 from llamatrain.reporting.runs import Record, Run
-from llamatrain.reporting.series import Series, series, thinned
+from llamatrain.reporting.series import Series, nothing_in, series, thinned
 from llamatrain.reporting.style import (
+    GREEN,
+    GREY,
     HEIGHT_IN,
     INK,
     NARROW_IN,
     PALE,
     PART_COLOURS,
+    SKY,
+    VERMILLION,
+    YELLOW,
     NoPlot,
     Plot,
     above,
     colour,
     dashes,
+    from_zero,
     label,
     legend,
     name_among,
@@ -28,10 +33,10 @@ from llamatrain.reporting.style import (
 )
 
 PROFILE_PARTS = {
-    "compute": ("compute", "#2f9e44"),
-    "exposed_communication": ("exposed communication", "#f08c00"),
-    "data_wait": ("data wait", "#a9e34b"),
-    "host_gaps": ("host gaps", "#adb5bd"),
+    "compute": ("compute", GREEN),
+    "exposed_communication": ("exposed communication", VERMILLION),
+    "data_wait": ("waiting for data", YELLOW),
+    "host_gaps": ("host gaps", GREY),
 }
 PART_NAMES = {"data_wait": "waiting for data"}
 CLOCK_UNITS = ((2 * 86_400.0, 86_400.0, "days"), (2 * 3600.0, 3600.0, "hours"), (120.0, 60.0, "minutes"))
@@ -44,7 +49,7 @@ def step_time(runs: Sequence[Run]) -> Drawn:
     title = "Step time"
     found = [series(run.training, "perf/step_ms") for run in runs]
     if not any(found):
-        return NoPlot(title, "no step has been logged yet")
+        return NoPlot(title, nothing_in(found))
 
     def draw(figure: Any) -> None:
         axes = token_axes(figure, ylabel="ms")
@@ -56,7 +61,7 @@ def step_time(runs: Sequence[Run]) -> Drawn:
                 axes.plot(
                     band.tokens, band.mean, color=colour(number), linestyle=dashes(number), label=name_among(runs, run)
                 )
-        axes.set_ylim(bottom=0)
+        from_zero(axes)
         above(axes)
 
     caption = "The mean step between two log lines."
@@ -68,14 +73,14 @@ def step_time(runs: Sequence[Run]) -> Drawn:
 def _stack(axes: Any, run: Run, whole: Series) -> None:
     step, wait = thinned(whole), thinned(series(run.training, "perf/data_wait_ms"))
     waited = np.interp(step.tokens, wait.tokens, wait.mean) if len(wait.tokens) else np.zeros_like(step.mean)
-    parts = [("waiting for data", waited, PART_COLOURS["data_wait"])]
+    parts = [("waiting for data", waited, YELLOW)]
     own = thinned(series(run.training, "perf/compute_ms_mean"))
     rest = np.maximum(0, step.mean - waited)
     if len(own.tokens):
         forward = np.minimum(rest, np.interp(step.tokens, own.tokens, own.mean))
-        parts.append(("forward of the first micro-batch", forward, "#74c69d"))
+        parts.append(("forward of the first micro-batch", forward, SKY))
         rest = rest - forward
-    parts.append(("computing and communicating" if len(own.tokens) == 0 else "all else", rest, "#2f9e44"))
+    parts.append(("computing and communicating" if len(own.tokens) == 0 else "all else", rest, GREEN))
     axes.stackplot(
         step.tokens,
         *(values for _, values, _ in parts),
@@ -144,7 +149,7 @@ def goodput(runs: Sequence[Run]) -> Drawn:
                 axes.barh(place, share, left=left, height=0.5, color=PART_COLOURS[part], label=name)
                 left += share
             axes.text(0, place - 0.36, label(run.name), fontsize=9, va="bottom")
-            told = f"{words.share(run.ledger.goodput)} of {words.duration(run.ledger.wall_s)}"
+            told = f"{words.share(run.goodput)} of {words.duration(run.ledger.wall_s)}"
             axes.text(1, place - 0.36, told, fontsize=9, va="bottom", ha="right", color=PALE)
         _bars(axes, len(runs), columns=columns(figure))
 
@@ -169,7 +174,7 @@ def wall_clock(runs: Sequence[Run]) -> Drawn:
         axes = figure.subplots()
         for place, run in enumerate(runs):
             _attempts(axes, place, run, unit)
-            again = restarts(run)
+            again = len(run.restarts)
             told = f"{again} restart{'s' * (again != 1)}"
             axes.text(whole / unit, place - 0.36, told, fontsize=9, va="bottom", ha="right", color=PALE)
         for tint, what in (("starting", "starting, restarting"), ("productive", "at work"), ("lost", "lost")):
@@ -202,14 +207,14 @@ def _attempts(axes: Any, place: int, run: Run, unit: float) -> None:
     def bar(since: float, until: float, part: str) -> None:
         axes.barh(place, (until - since) / unit, left=(since - zero) / unit, height=0.5, color=PART_COLOURS[part])
 
-    for number, attempt in enumerate(at_work):
+    for attempt in at_work:
         started = attempt.ended if attempt.started is None else attempt.started
         bar(attempt.launched, started, "starting")
         bar(started, attempt.ended, "productive")
         for since, until in attempt.lost:
             bar(since, until, "lost")
-        if number:
-            axes.plot((attempt.launched - zero) / unit, place + 0.33, "^", color=INK, markersize=5)
+    for attempt in run.restarts:
+        axes.plot((attempt.launched - zero) / unit, place + 0.33, "^", color=INK, markersize=5)
     axes.text(0, place - 0.36, label(run.name), fontsize=9, va="bottom")
 
 
@@ -226,7 +231,7 @@ def ranks(runs: Sequence[Run]) -> Drawn:
                 low, middle, high = thinned(least), thinned(mean), thinned(most)
                 axes.fill_between(middle.tokens, low.mean, high.mean, color=colour(number), alpha=0.2, linewidth=0)
                 axes.plot(middle.tokens, middle.mean, color=colour(number), label=name_among(runs, run))
-        axes.set_ylim(bottom=0)
+        from_zero(axes)
         legend(axes)
 
     caption = "What ranks need for themselves in a part of a step: the fastest, the mean, the slowest."

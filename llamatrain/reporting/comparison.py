@@ -1,5 +1,6 @@
 """Runs side by side: what each has come to, what their settings differ in, how they stand at equal tokens."""
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,11 +9,12 @@ import numpy as np
 
 from llamatrain.arithmetic import carbon
 from llamatrain.config.resume import flatten
+from llamatrain.reporting import words
 from llamatrain.reporting.runs import LOSS, VALIDATION_LOSS, Run
 from llamatrain.reporting.series import Series, equal_tokens, series, tail_mean, trailing_mean
-from llamatrain.reporting.words import ABSENT
+from llamatrain.run_directory import RUNNING
 
-PUE, KG_PER_KWH = 1.1, 0.385  # of the paper
+SILENT_S = 600.0  # without a heartbeat, of which there are many in that time
 NOT_COMPARED = ("name", "run_dir")
 
 
@@ -20,7 +22,7 @@ NOT_COMPARED = ("name", "run_dir")
 class Carbon:
     """What a run's accelerators have drawn so far; the numbers are None where their power is not known."""
 
-    device_hours: float
+    device_hours: float | None  # None: no launch is told of
     watts: float | None
     mwh: float | None
     tonnes: float | None
@@ -29,9 +31,9 @@ class Carbon:
 def carbon_of(run: Run, *, power_watts: float | None = None) -> Carbon:
     """By the paper's method; `power_watts` goes before what is known of the device."""
     watts = power_watts if power_watts is not None else run.watts
-    if watts is None:
-        return Carbon(run.device_hours, None, None, None)
-    mwh, tonnes = carbon(run.device_hours, watts=watts, pue=PUE, kg_per_kwh=KG_PER_KWH)
+    if watts is None or run.device_hours is None:
+        return Carbon(run.device_hours, watts, None, None)
+    mwh, tonnes = carbon(run.device_hours, watts=watts)
     return Carbon(run.device_hours, watts, mwh, tonnes)
 
 
@@ -46,40 +48,43 @@ class Summary:
     loss: float | None  # mean of the last log lines
     validation: tuple[float, float] | None  # the best, and at how many tokens
     bits_per_byte: float | None  # of the last validation
-    tokens_per_s: float | None  # on all devices, the median log line's
+    tokens_per_s: float | None  # on all devices there were, the median log line's
     mfu: float | None
-    memory_gib: float | None
-    goodput: float
+    memory_gib: float | None  # the most on rank 0
+    goodput: float | None  # None: no time is told of
     restarts: int
     carbon: Carbon
 
 
 def summary(run: Run, *, power_watts: float | None = None) -> Summary:
     training = run.training
-    rate, mfu, memory = (
-        _median(series(training, key)) for key in ("perf/tokens_per_s_per_device", "perf/mfu", "perf/memory_gib")
-    )
+    rate, mfu = (series(training, key) for key in ("perf/tokens_per_s_per_device", "perf/mfu"))
+    devices = run.devices_at([record["time"] for record in training if "perf/tokens_per_s_per_device" in record])
+    memory = series(training, "perf/memory_gib").finite()
     bits = series(run.records, "eval/validation/bits_per_byte").finite()
     return Summary(
-        state=run.status["state"],
+        state=_state(run),
         step=run.step,
         total_steps=run.total_steps,
         tokens=run.tokens,
         loss=tail_mean(series(training, LOSS)),
         validation=series(run.records, VALIDATION_LOSS).least(),
         bits_per_byte=bits.last if len(bits) else None,
-        tokens_per_s=None if rate is None else rate * run.devices,
-        mfu=mfu,
-        memory_gib=memory,
-        goodput=run.ledger.goodput,
-        restarts=restarts(run),
+        tokens_per_s=_median(Series(rate.tokens, rate.values * devices)),
+        mfu=_median(mfu),
+        memory_gib=float(memory.values.max()) if len(memory) else None,
+        goodput=run.goodput,
+        restarts=len(run.restarts),
         carbon=carbon_of(run, power_watts=power_watts),
     )
 
 
-def restarts(run: Run) -> int:
-    """Launches after the first that trained."""
-    return max(0, sum(not attempt.is_idle for attempt in run.attempts) - 1)
+def _state(run: Run) -> str:
+    """As the run has left it, which a run that was killed could not."""
+    state, silent_s = run.status["state"], time.time() - run.status["heartbeat"]
+    if state == RUNNING and silent_s > SILENT_S:
+        return f"{state}, silent for {words.duration(silent_s)}"
+    return str(state)
 
 
 def _median(one: Series) -> float | None:
@@ -93,7 +98,7 @@ def _median(one: Series) -> float | None:
 def differing(described: Sequence[dict[str, Any]], *, without: Iterable[str] = ()) -> dict[str, list[Any]]:
     """Keys whose values are not the same in all, with those values; `words.ABSENT` where one has no such key."""
     keys = dict.fromkeys(key for one in described for key in one)
-    rows = {key: [one.get(key, ABSENT) for one in described] for key in keys if key not in set(without)}
+    rows = {key: [one.get(key, words.ABSENT) for one in described] for key in keys if key not in set(without)}
     return {key: values for key, values in rows.items() if any(value != values[0] for value in values)}
 
 

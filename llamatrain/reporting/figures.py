@@ -9,21 +9,24 @@ import numpy as np
 from llamatrain.reporting import words
 from llamatrain.reporting.comparison import is_result, told
 from llamatrain.reporting.runs import LOSS, VALIDATION_LOSS, Run
-from llamatrain.reporting.series import Series, reach, series, smoothed, thinned, window_of
+from llamatrain.reporting.series import Series, nothing_in, reach, series, smoothed, thinned, window_of
 from llamatrain.reporting.style import (
     INK,
     PALE,
+    VERMILLION,
     NoPlot,
     Plot,
+    above,
     colour,
-    count_axis,
     dashes,
+    from_zero,
     label,
     legend,
     name_among,
     token_axes,
 )
 
+MFU = "Model FLOP/s utilisation"
 HEAD = 0.04  # of the tokens: how much of a loss may lie above the frame
 MOST_TASKS = 30  # with a plot each
 FIRST_METRICS = ("accuracy", "exact_match", "pass@1", "bits_per_byte")
@@ -36,18 +39,20 @@ def loss(runs: Runs) -> Drawn:
     """Training loss against tokens: the paper's Figure 1."""
     found = [series(run.training, LOSS) for run in runs]
     if not any(found):
-        return NoPlot("Training loss", "no step has been logged yet")
-    top = _top_of_frame(found)
+        return NoPlot("Training loss", nothing_in(found))
+    bottom, top = _frame(found)
 
     def draw(figure: Any) -> None:
         axes = token_axes(figure, ylabel="loss, nats per token")
         for number, (run, one) in enumerate(zip(runs, found, strict=True)):
             _noisy(axes, one, window_of(found), number, name_among(runs, run))
         if top is not None:
-            axes.set_ylim(top=top)
+            axes.set_ylim(bottom, top)
         if len(runs) == 1:
             _mark_events(axes, runs[0])
-        legend(axes, loc="upper right")
+            above(axes, ncols=3)
+        else:
+            legend(axes, loc="upper right")
 
     window = window_of(found)
     caption = f"Line: the mean over {words.count(window)} tokens; pale: what was logged. "
@@ -55,20 +60,21 @@ def loss(runs: Runs) -> Drawn:
     return Plot("loss", "Training loss", draw, caption + _cropped(found, top), wide=True)
 
 
-def _top_of_frame(found: Sequence[Series]) -> float | None:
+def _frame(found: Sequence[Series]) -> tuple[float | None, float | None]:
     """Where to cut the fall of the first steps, which would leave little room for the rest; None for a few points."""
     lines = [smoothed(one, window_of(found)) for one in found if one]
     if max(map(len, lines)) < 50:
-        return None
+        return None, None
     most = max(float(one.tokens[-1]) for one in lines)
     later = [one.values[one.tokens >= HEAD * most] for one in lines]
     high = max((float(values.max()) for values in later if len(values)), default=math.nan)
-    low = min(float(one.values.min()) for one in lines)
-    return high + 0.08 * (high - low) if math.isfinite(high) else None
+    low = min(float(one.finite().values.min()) for one in found if one)
+    margin = 0.06 * (high - low)
+    return (low - margin, high + margin) if math.isfinite(high) else (None, None)
 
 
 def _cropped(found: Sequence[Series], top: float | None) -> str:
-    if top is None or all(float(np.nanmax(one.values)) <= top for one in found):
+    if top is None or all(float(np.nanmax(one.values)) <= top for one in found if one):
         return ""
     return "What lies above the frame, at the beginning or as spikes, is cut off."
 
@@ -80,7 +86,7 @@ def _noisy(axes: Any, one: Series, window: float, number: int, name: str | None)
     line, band = smoothed(one, window), thinned(one)
     if reach(one, window):
         if len(line) > len(band.tokens):
-            axes.fill_between(band.tokens, band.least, band.greatest, color=colour(number), alpha=0.16, linewidth=0)
+            axes.fill_between(band.tokens, band.least, band.greatest, color=colour(number), alpha=0.2, linewidth=0.5)
         else:
             axes.plot(band.tokens, band.mean, color=colour(number), alpha=0.25, linewidth=0.9)
     drawn = thinned(line)
@@ -93,38 +99,37 @@ def _mark_events(axes: Any, run: Run) -> None:
     steps = series(run.records, "step")
     known = sorted(set(zip(steps.values, steps.tokens, strict=True)))
     counts, tokens = zip(*known, strict=True)
-    restarts = [attempt.from_step for attempt in run.attempts[1:] if attempt.started and not attempt.is_idle]
+    restarts = [attempt.from_step for attempt in run.trained[1:]]
     rollbacks, spikes = (
         [entry[field] for entry in run.journal if entry["event"] == event and field in entry]
         for event, field in (("rollback", "to_step"), ("spike", "step"))
     )
-    for found, name, tint in ((restarts, "restart", PALE), (rollbacks, "rollback", "#e03131")):
+    for found, name, tint in ((restarts, "restart", PALE), (rollbacks, "rollback", VERMILLION)):
         for number, at in enumerate(np.interp(found, counts, tokens)):
             axes.axvline(at, color=tint, linewidth=0.9, linestyle=(0, (2, 3)), label=None if number else name)
     if spikes:
         places = np.interp(spikes, counts, tokens)
         foot = axes.get_xaxis_transform()
-        axes.plot(places, [0.02] * len(places), "|", color="#e03131", markersize=7, transform=foot, label="spike")
+        axes.plot(places, [0.02] * len(places), "|", color=VERMILLION, markersize=7, transform=foot, label="spike")
 
 
 def simple(
-    key: str, name: str, title: str, ylabel: str, *, caption: str = "", count: bool = False
+    key: str, name: str, title: str, ylabel: str, *, caption: str = "", numbers: Callable[[float], str] | None = None
 ) -> Callable[[Runs], Drawn]:
-    """A plot of one field of the training records."""
+    """A plot of one field of the training records, which is not negative; `numbers`: how the ordinate's are told."""
 
     def plot(runs: Runs) -> Drawn:
         found = [series(run.training, key) for run in runs]
         if not any(found):
-            return NoPlot(title, "no step has been logged yet")
+            return NoPlot(title, nothing_in(found))
 
         def draw(figure: Any) -> None:
             axes = token_axes(figure, ylabel=ylabel)
             for number, (run, one) in enumerate(zip(runs, found, strict=True)):
                 _noisy(axes, one, window_of(found), number, name_among(runs, run))
-            if count:
-                count_axis(axes.yaxis)
-            if min(float(np.nanmin(one.values)) for one in found if one) >= 0:
-                axes.set_ylim(bottom=0)
+            if numbers is not None:
+                axes.yaxis.set_major_formatter(lambda number, _: numbers(number))
+            from_zero(axes)
             legend(axes)
 
         return Plot(name, title, draw, caption)
@@ -132,14 +137,14 @@ def simple(
     return plot
 
 
-learning_rate = simple("train/lr", "learning-rate", "Learning rate", "")
+learning_rate = simple("train/lr", "learning-rate", "Learning rate", "learning rate")
 throughput = simple(
     "perf/tokens_per_s_per_device",
     "throughput",
     "Throughput",
     "tokens per second and device",
     caption="Without validation and saving.",
-    count=True,
+    numbers=words.count,
 )
 memory = simple(
     "perf/memory_gib",
@@ -154,46 +159,45 @@ def gradient_norm(runs: Runs) -> Drawn:
     """With the norm above which gradients are clipped."""
     found = [series(run.training, "train/grad_norm") for run in runs]
     if not any(found):
-        return NoPlot("Gradient norm", "no step has been logged yet")
-    limits = {run.settings.get("optim.clip_norm") for run in runs}
+        return NoPlot("Gradient norm", nothing_in(found))
+    limits: set[float] = {limit for run in runs if (limit := run.settings.get("optim.clip_norm"))}
     values = np.concatenate([one.finite().values for one in found])
     spread = values[values > 0]
     logarithmic = len(spread) > 0 and float(spread.max()) > 12 * float(np.median(spread))
 
     def draw(figure: Any) -> None:
-        axes = token_axes(figure)
+        axes = token_axes(figure, ylabel="norm")
         for number, (run, one) in enumerate(zip(runs, found, strict=True)):
             _noisy(axes, one, window_of(found), number, name_among(runs, run))
         if logarithmic:
-            axes.set_yscale("log")
+            axes.set_yscale("log", subs=(2, 5))
             axes.yaxis.set_major_formatter(lambda number, _: f"{number:g}")
+            axes.yaxis.set_minor_formatter(lambda number, _: f"{number:g}")
         else:
-            axes.set_ylim(bottom=0)
-        for limit in limits - {None}:
+            from_zero(axes)
+        for limit in sorted(limits):
             axes.axhline(limit, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), label=f"clipped to {limit:g}")
-        legend(axes)
+        above(axes, ncols=2)
 
     return Plot("gradient-norm", "Gradient norm", draw, "Before clipping.")
 
 
+_mfu = simple(
+    "perf/mfu",
+    "mfu",
+    MFU,
+    "share of the peak",
+    caption="By the PaLM convention, in which recomputed products do not count.",
+    numbers="{:.0%}".format,
+)
+
+
 def mfu(runs: Runs) -> Drawn:
-    """Model FLOP/s utilisation."""
-    title = "Model FLOP/s utilisation"
+    """Model FLOP/s utilisation, of devices whose peak is known."""
     if not any(series(run.training, "perf/mfu") for run in runs):
-        devices = sorted({run.device for run in runs})
-        unknown = " and ".join(device for device in devices)
-        return NoPlot(title, f"not told for {unknown}: only of accelerators whose peak is known is there a share of it")
-    drawn = simple(
-        "perf/mfu", "mfu", title, "", caption="By the PaLM convention, in which recomputed products do not count."
-    )(runs)
-    assert isinstance(drawn, Plot)
-    inner = drawn.draw
-
-    def draw(figure: Any) -> None:
-        inner(figure)
-        figure.axes[0].yaxis.set_major_formatter(lambda number, _: f"{100 * number:.0f} %")
-
-    return Plot(drawn.name, title, draw, drawn.caption)
+        devices = " and ".join(sorted({run.device for run in runs}))
+        return NoPlot(MFU, f"not told for {devices}: only of accelerators whose peak is known is there a share of it")
+    return _mfu(runs)
 
 
 # -------------------------------------------------------------------------- evaluation
@@ -202,12 +206,13 @@ def mfu(runs: Runs) -> Drawn:
 def validation(runs: Runs) -> list[Drawn]:
     """Of one run, all sources in one plot; of several, a plot for each source."""
     keys = list(dict.fromkeys(key for run in runs for record in run.records for key in record if _is_validation(key)))
+    keys = [key for key in keys if any(series(run.records, key) for run in runs)]
     keys.sort(key=lambda key: key != VALIDATION_LOSS)
     if not keys:
-        return [NoPlot("Validation loss", "no validation yet (evaluation.every_steps asks for it)")]
+        return [NoPlot("Validation loss", "none yet (evaluation.every_steps asks for it)")]
     if len(runs) == 1:
         return [_validation_of_one(runs[0], keys)]
-    return [_lines(runs, key, told(key).partition(":")[0].capitalize(), _file_name(key)) for key in keys]
+    return [_validation_of_all(runs, key) for key in keys]
 
 
 def _is_validation(key: str) -> bool:
@@ -236,15 +241,15 @@ def _validation_of_one(run: Run, keys: Sequence[str]) -> Plot:
     return Plot("validation", "Validation loss", draw, caption)
 
 
-def _lines(runs: Runs, key: str, title: str, name: str, *, caption: str = "") -> Plot:
+def _validation_of_all(runs: Runs, key: str) -> Plot:
     def draw(figure: Any) -> None:
-        axes = token_axes(figure, ylabel=key.split("/")[-1].replace("_", " "))
+        axes = token_axes(figure, ylabel="loss, nats per token")
         for number, run in enumerate(runs):
             one = series(run.records, key).finite()
             _points(axes, one, number, name_among(runs, run))
         legend(axes)
 
-    return Plot(name, title, draw, caption)
+    return Plot(_safe(key.split("/")[1].replace(".", "-")), told(key).partition(":")[0].capitalize(), draw)
 
 
 def _points(axes: Any, one: Series, number: int, name: str | None) -> None:
@@ -316,10 +321,6 @@ def _task(runs: Runs, task: str, metric: str, number: int) -> Plot:
         legend(axes)
 
     return Plot(f"evaluation-{number}-{_safe(task)}", task, draw)
-
-
-def _file_name(key: str) -> str:
-    return _safe(key.split("/")[1].replace(".", "-"))
 
 
 def _safe(name: str) -> str:

@@ -12,12 +12,11 @@ from pathlib import Path
 
 import yaml
 
+from llamatrain.arithmetic import KG_PER_KWH, PUE
 from llamatrain.errors import ConfigError
 from llamatrain.files import write_bytes_atomically
 from llamatrain.reporting import clock, figures, words
 from llamatrain.reporting.comparison import (
-    KG_PER_KWH,
-    PUE,
     Summary,
     at_equal_tokens,
     carbon_of,
@@ -138,6 +137,11 @@ def table(rows: Sequence[Sequence[str]], *, texts: bool = False) -> str:
     return f'<div class="scroll"><table{kind}><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
 
 
+def _of_runs(rows: list[list[str]], runs: Sequence[Run]) -> list[list[str]]:
+    """Without the first column, the run's name, where there is one run."""
+    return [row[1:] for row in rows] if len(runs) == 1 else rows
+
+
 def _plots(group: Sequence[Drawn]) -> str:
     last_what_is_absent = sorted(group, key=lambda one: isinstance(one, NoPlot))
     return f'<div class="plots">{"".join(map(_card, last_what_is_absent))}</div>'
@@ -163,32 +167,34 @@ def _key(runs: Sequence[Run]) -> str:
 
 
 def _overview(runs: Sequence[Run], power_watts: float | None) -> str:
-    return f'<div style="margin-top:18px">{table(overview(runs, power_watts=power_watts))}</div>'
+    return table(overview(runs, power_watts=power_watts))
 
 
 def tiles(one: Summary, run: Run) -> str:
     """What a run has come to, at a glance."""
     steps = f"{one.step:,}" if one.total_steps is None else f"{one.step:,} of {one.total_steps:,}"
     best = one.validation
+    unknown = ": power_watts= is not told" if one.carbon.watts is None else ""
     found = [
-        (one.state, run.status.get("reason") or f"{steps} steps"),
+        (one.state, f"{steps} steps"),
         (words.count(one.tokens), "tokens"),
         (words.decimal(one.loss), "training loss, last steps"),
         (words.decimal(best[0] if best else None), f"best validation loss{_at(best)}"),
         (words.decimal(one.bits_per_byte), "bits per byte, validation"),
         (words.count(one.tokens_per_s), f"tokens per second, {run.devices} × {run.device}"),
         (words.share(one.mfu), "MFU" if run.peak_is_known else f"MFU: the peak of {run.device} is not known"),
+        (words.count(one.memory_gib), "GiB of memory, the most on rank 0"),
         (words.share(one.goodput), f"goodput, {one.restarts} restart{'s' * (one.restarts != 1)}"),
-        (words.hours(one.carbon.device_hours), "device hours"),
         (
             _tonnes(one.carbon.tonnes),
-            "CO₂ equivalent" + (": power_watts=… is not told" if one.carbon.watts is None else ""),
+            f"CO₂ equivalent, of {words.hours(one.carbon.device_hours)} device hours{unknown}",
         ),
     ]
     cells = "".join(
         f'<div class="tile"><b>{escape(value)}</b><span>{escape(name)}</span></div>' for value, name in found
     )
-    return f'<div class="tiles">{cells}</div>'
+    reason = f'<p class="reason">{escape(run.status["reason"])}</p>' if run.status.get("reason") else ""
+    return f'<div class="tiles">{cells}</div>{reason}'
 
 
 def _at(best: tuple[float, float] | None) -> str:
@@ -212,7 +218,7 @@ def validation_table(runs: Sequence[Run]) -> str:
                 ]
                 source = task.partition(".")[2] or "all"
                 rows.append([run.name, source, words.count(records[-1]["tokens"]), *map(words.decimal, fields)])
-    return "" if len(rows) == 1 else f'<div style="margin-top:12px">{table(rows)}</div>'
+    return "" if len(rows) == 1 else table(_of_runs(rows, runs))
 
 
 def evaluation_table(runs: Sequence[Run]) -> str:
@@ -224,7 +230,7 @@ def evaluation_table(runs: Sequence[Run]) -> str:
             points = figures.results(run, task, metric)
             cells.append(_result(*points[-1]) if points else words.ABSENT)
         rows.append([task, metric.replace("_", " "), *cells])
-    return "" if len(rows) == 1 else f'<div style="margin-top:12px">{table(rows)}</div>'
+    return "" if len(rows) == 1 else table(rows)
 
 
 def _result(tokens: float, value: float, low: float | None, high: float | None) -> str:
@@ -241,7 +247,7 @@ def attempts_table(runs: Sequence[Run]) -> str:
             steps = f"{attempt.from_step:,} to {attempt.to_step:,}" if attempt.started else words.ABSENT
             lasted = words.duration(attempt.ended - attempt.launched)
             rows.append([run.name, when, lasted, str(attempt.world_size), steps, attempt.end, attempt.reason or ""])
-    return f'<div style="margin-top:12px">{table(rows, texts=True)}</div>'
+    return "" if len(rows) == 1 else table(_of_runs(rows, runs), texts=True)
 
 
 def carbon_section(runs: Sequence[Run], power_watts: float | None) -> str:
@@ -250,8 +256,9 @@ def carbon_section(runs: Sequence[Run], power_watts: float | None) -> str:
     unknown = []
     for run in runs:
         found = carbon_of(run, power_watts=power_watts)
-        if found.mwh is None or found.tonnes is None or found.watts is None:
+        if found.watts is None:
             unknown.append(run.device)
+        if found.mwh is None or found.tonnes is None or found.watts is None:
             more = [words.ABSENT, words.hours(found.device_hours), words.ABSENT, words.ABSENT]
         else:
             more = [
@@ -269,7 +276,7 @@ def carbon_section(runs: Sequence[Run], power_watts: float | None) -> str:
     if unknown:
         names = " and ".join(sorted(set(unknown)))
         how = f"<p>What one {escape(names)} draws is not known: power_watts=… tells it, in watts for each device.</p>"
-    return f'{how}{table(rows)}<p class="pale">{method}</p>'
+    return f'{how}{table(_of_runs(rows, runs))}<p class="pale">{method}</p>'
 
 
 def samples_section(runs: Sequence[Run]) -> str:
@@ -281,6 +288,8 @@ def samples_section(runs: Sequence[Run]) -> str:
         )
     parts = []
     for number, run in enumerate(runs):
+        if not run.samples:
+            continue
         prompts = dict.fromkeys(sample["prompt"] for line in run.samples for sample in line["samples"])
         cards = "".join(_prompt(run, prompt) for prompt in prompts)
         name = f"<h3>{_swatch(number)}{escape(run.name)}</h3>" if len(runs) > 1 else ""

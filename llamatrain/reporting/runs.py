@@ -1,11 +1,13 @@
 """What a run's directory holds, as one value. Nothing is written, and a run at work may go on meanwhile.
 
-What is half written (the last line of a file) is left out; what is no record is refused by its name.
+What is half written (the last line of a file) is left out; what is no record, or lacks a field that all have, is
+refused by its name.
 """
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from bisect import bisect
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,28 +17,33 @@ import yaml
 from llamatrain.arithmetic import board_watts, peak_flops
 from llamatrain.config.resume import flatten
 from llamatrain.errors import ConfigError, DataError
-from llamatrain.observe.goodput import Ledger
-from llamatrain.reporting.attempts import Attempt, attempts_of
+from llamatrain.observe.goodput import Attempt, Ledger
 from llamatrain.run_directory import RUNNING, read_status
 
 Record = dict[str, Any]
 
 LOSS, VALIDATION_LOSS = "train/loss", "eval/validation/loss"
 
+NUMBER = (int, float)
+FIELDS: dict[str, dict[str, Any]] = {  # that every record has, and of what type
+    "status.json": {"state": str, "step": int, "heartbeat": NUMBER},
+    "journal.jsonl": {"event": str},
+    "metrics.jsonl": {"step": int, "tokens": NUMBER, "time": NUMBER},
+    "samples.jsonl": {"step": int, "tokens": NUMBER, "samples": list},
+    "a sample": {"prompt": str, "continuation": str},
+}
+
 
 @dataclass(frozen=True)
 class Evaluation:
     """A metric of a task at one checkpoint, as `llamatrain.evaluate` has left it."""
 
-    step: int
     tokens: int
-    suite: str  # the name of its file
     task: str
     metric: str
     value: float
     low: float | None
     high: float | None
-    questions: int | None
 
 
 @dataclass(frozen=True)
@@ -51,10 +58,13 @@ class Run:
     evaluations: list[Evaluation]
     profiles: list[Record]  # the summaries
     journal: list[Record]
-    attempts: list[Attempt]
     ledger: Ledger
     config: Record  # of the last start
     environment: Record
+
+    @property
+    def attempts(self) -> list[Attempt]:
+        return self.ledger.attempts
 
     @property
     def settings(self) -> Record:
@@ -87,13 +97,34 @@ class Run:
         return str(self.environment.get("device", "unknown"))
 
     @property
-    def devices(self) -> int:
-        """How many the last attempt had."""
-        return self.attempts[-1].world_size if self.attempts else 1
+    def trained(self) -> list[Attempt]:
+        """The attempts that came to train."""
+        return [attempt for attempt in self.attempts if attempt.started is not None and not attempt.is_idle]
 
     @property
-    def device_hours(self) -> float:
-        return sum(attempt.device_hours for attempt in self.attempts)
+    def restarts(self) -> list[Attempt]:
+        """What was launched after the first attempt that trained, but for those that found the run done."""
+        first = next((place for place, one in enumerate(self.attempts) if one.started is not None), len(self.attempts))
+        return [attempt for attempt in self.attempts[first + 1 :] if not attempt.is_idle]
+
+    @property
+    def devices(self) -> int:
+        """How many the last attempt had that trained."""
+        return (self.trained or self.attempts)[-1].world_size if self.attempts else 1
+
+    def devices_at(self, times: Sequence[float]) -> list[int]:
+        """How many trained at each of these times."""
+        trained = self.trained
+        launched = [attempt.launched for attempt in trained]
+        return [trained[max(0, bisect(launched, at) - 1)].world_size if trained else self.devices for at in times]
+
+    @property
+    def device_hours(self) -> float | None:
+        return sum(attempt.device_hours for attempt in self.attempts) if self.attempts else None
+
+    @property
+    def goodput(self) -> float | None:
+        return self.ledger.goodput if self.ledger.wall_s else None
 
     @property
     def watts(self) -> float | None:
@@ -107,6 +138,9 @@ class Run:
 
 def read_runs(directories: Sequence[str]) -> list[Run]:
     """Each run, under names that tell them apart. Raises ConfigError for a folder in which nothing ran."""
+    if len(directories) == 1 and "," in directories[0] and not Path(directories[0]).exists():
+        told = f"run={directories[0]}: there is no such directory; several are given as 'run=[{directories[0]}]'"
+        raise ConfigError(told)
     runs = [read_run(directory) for directory in directories]
     names = [run.name for run in runs]
     if len(set(names)) == len(names):
@@ -125,16 +159,7 @@ def _named(run: Run, name: str) -> Run:
 def read_run(directory: str | Path) -> Run:
     """Raises ConfigError if nothing ran there, DataError naming what cannot be read."""
     path = Path(directory)
-    status = read_status(path)
-    if status is None or not (path / "journal.jsonl").exists():
-        raise ConfigError(
-            f"run={directory}: nothing ever ran there; give the directory of a run, which has status.json"
-        )
-    journal = list(lines_of(path / "journal.jsonl"))
-    ledger, now = Ledger(journal), None
-    if status["state"] == RUNNING:
-        now = status["heartbeat"]
-        ledger.feed({"event": "account", "time": now, "step": status["step"]})
+    status, journal, ledger = read_clock(path)
     starts = [entry for entry in journal if entry["event"] == "start"]
     config = (starts[-1].get("config") if starts else None) or _yaml(path / "config.yaml")
     return Run(
@@ -146,22 +171,38 @@ def read_run(directory: str | Path) -> Run:
         evaluations=[one for file in sorted(path.glob("evaluations/step-*/*.json")) for one in evaluations_of(file)],
         profiles=[_json(file) for file in sorted(path.glob("profile/step-*/summary.json"))],
         journal=journal,
-        attempts=attempts_of(journal, now=now, step=status["step"]),
         ledger=ledger,
         config=config,
         environment=starts[-1].get("environment") or {} if starts else {},
     )
 
 
+def read_clock(path: Path) -> tuple[Record, list[Record], Ledger]:
+    """Status, journal, and where the time went: of a run at work, up to its last heartbeat. Raises as `read_run`."""
+    status = read_status(path)
+    if status is None or not (path / "journal.jsonl").exists():
+        raise ConfigError(f"{path}: nothing ever ran there; give the directory of a run, which has status.json")
+    _check(status, os.fspath(path / "status.json"), FIELDS["status.json"])
+    journal = list(lines_of(path / "journal.jsonl"))
+    ledger = Ledger(journal)
+    if status["state"] == RUNNING:
+        ledger.at_work(status["heartbeat"], step=status["step"])
+    return status, journal, ledger
+
+
 def lines_of(path: Path) -> Iterator[Record]:
-    """The records of a JSON-lines file, none if there is none; a last line without its end is left out."""
+    """The records of a JSON-lines file of a run, none if there is none; a last line without its end is left out."""
     if not path.exists():
         return
     try:
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
                 if line.endswith("\n"):
-                    yield _record(line, f"{path}, line {number}")
+                    where = f"{path}, line {number}"
+                    record = _check(_record(line, where), where, FIELDS[path.name])
+                    for sample in record["samples"] if path.name == "samples.jsonl" else ():
+                        _check(sample, f"{where}, a sample", FIELDS["a sample"])
+                    yield record
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error})") from None
 
@@ -169,10 +210,18 @@ def lines_of(path: Path) -> Iterator[Record]:
 def _record(line: str, where: str) -> Record:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         record = None
+    return _check(record, where, {})
+
+
+def _check(record: Any, where: str, fields: Mapping[str, Any]) -> Record:
+    """The record, if it is one and has these fields."""
     if not isinstance(record, dict):
-        raise DataError(f"{where}: not a record; repair or remove the line")
+        raise DataError(f"{where}: not a record; repair or remove it")
+    lacking = [name for name, kind in fields.items() if not isinstance(record.get(name), kind)]
+    if lacking:
+        raise DataError(f"{where}: lacks {', '.join(lacking)}, which every such record has; repair or remove it")
     return record
 
 
@@ -185,15 +234,12 @@ def evaluations_of(path: Path) -> Iterator[Evaluation]:
                 if found["value"] is None:  # was not finite
                     continue
                 yield Evaluation(
-                    step=int(content["step"]),
                     tokens=int(content["tokens"]),
-                    suite=path.stem,
                     task=str(task),
                     metric=str(metric),
                     value=float(found["value"]),
                     low=found.get("low"),
                     high=found.get("high"),
-                    questions=found.get("questions"),
                 )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         told = f"{type(error).__name__}: {error}"

@@ -1,6 +1,6 @@
 """Numbers against tokens: taken from records, smoothed, thinned for drawing, read off in between."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -58,6 +58,11 @@ def series(records: Iterable[Mapping[str, Any]], key: str) -> Series:
     return Series(tokens, values)
 
 
+def nothing_in(found: Sequence[Series]) -> str:
+    """Why there is nothing to draw."""
+    return "no value that was logged is finite" if any(map(len, found)) else "no step has been logged yet"
+
+
 def window_of(found: Iterable[Series]) -> float:
     """Over how many tokens to take a mean, the same for all: the fiftieth part of the longest."""
     return max((float(one.tokens[-1] - one.tokens[0]) for one in found if len(one)), default=0.0) / 50
@@ -72,12 +77,15 @@ def reach(one: Series, window: float) -> int:
 
 
 def smoothed(one: Series, window: float) -> Series:
-    """The mean over each point's neighbours, fewer at the ends, where it stays in the middle; without NaN."""
+    """The mean over each point's neighbours, without NaN, as many to both sides, so fewer at the beginning, where there
+    is more fall than noise. At the end, where it is the other way round, none of those with fewer."""
     known = one.finite()
     sums = np.concatenate(([0.0], np.cumsum(known.values)))
-    places = np.arange(len(known))
-    sides = np.minimum(np.minimum(places, len(known) - 1 - places), reach(known, window))  # the same to both
-    return Series(known.tokens, (sums[places + sides + 1] - sums[places - sides]) / (2 * sides + 1))
+    places, most = np.arange(len(known)), reach(known, window)
+    sides = np.minimum(np.minimum(places, len(known) - 1 - places), most)
+    values = (sums[places + sides + 1] - sums[places - sides]) / (2 * sides + 1)
+    kept = len(known) - most if 2 * most < len(known) else len(known)
+    return Series(known.tokens[:kept], values[:kept])
 
 
 def trailing_mean(one: Series, tokens: float, window: float) -> float | None:

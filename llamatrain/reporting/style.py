@@ -15,16 +15,20 @@ from llamatrain.errors import ConfigError
 from llamatrain.reporting import words
 from llamatrain.reporting.runs import Run
 
-RUN_COLOURS = ("#1c6dd0", "#d9480f", "#2b8a3e", "#862e9c", "#c2255c", "#0b7285", "#b08900", "#495057")
+# Okabe and Ito's, which those who see few colours can tell apart (tests/test_reporting.py); yellow only for areas.
+BLUE, VERMILLION, GREEN, PINK, ORANGE, SKY, YELLOW, GREY = (
+    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#c4c4c4",
+)  # fmt: skip
+RUN_COLOURS = (BLUE, VERMILLION, GREEN, PINK, ORANGE, SKY, "#332288", "#661100")
 PART_COLOURS = {
-    "productive": "#2f9e44",
-    "data_wait": "#a9e34b",
-    "validating": "#4dabf7",
-    "saving": "#3b5bdb",
-    "other": "#868e96",
-    "lost": "#e03131",
-    "starting": "#ffd43b",
-    "restarting": "#f08c00",
+    "productive": GREEN,
+    "data_wait": YELLOW,
+    "validating": SKY,
+    "saving": BLUE,
+    "other": GREY,
+    "lost": VERMILLION,
+    "starting": ORANGE,
+    "restarting": PINK,
 }
 INK, PALE, FAINT = "#1f2933", "#7b8794", "#e4e7eb"
 NARROW_IN, WIDE_IN, HEIGHT_IN, WIDE_HEIGHT_IN = 5.0, 15.2, 3.1, 5.0
@@ -55,7 +59,8 @@ STYLE: dict[str, Any] = {
     "ytick.minor.size": 0,
     "lines.linewidth": 1.7,
     "lines.solid_capstyle": "round",
-    "legend.frameon": False,
+    "legend.edgecolor": "none",
+    "legend.framealpha": 0.8,
     "legend.fontsize": 9,
     "legend.handlelength": 1.4,
     "legend.labelspacing": 0.3,
@@ -139,12 +144,20 @@ def _save(plot: Plot, into: Any, *, wide: bool, title: str | None = None, **how:
 
 
 def token_axes(figure: Any, *, ylabel: str = "") -> Any:
-    """Axes whose abscissa counts tokens."""
+    """Axes whose abscissa counts tokens, from 0 on."""
     axes = figure.subplots()
+    axes.update_datalim([(0, 0)], updatey=False)
     count_axis(axes.xaxis)
     axes.set_xlabel("tokens")
     axes.set_ylabel(ylabel)
     return axes
+
+
+def from_zero(axes: Any) -> None:
+    """Let the ordinate of values that are not negative begin at 0, with room above the greatest."""
+    axes.update_datalim([(0, 0)], updatex=False)
+    axes.autoscale_view(scalex=False)
+    axes.set_ylim(bottom=0)
 
 
 def count_axis(axis: Any) -> None:

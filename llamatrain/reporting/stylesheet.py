@@ -19,11 +19,12 @@ nav a:hover { color: var(--ink); text-decoration: underline; }
 .key { display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 14px 0 0; padding: 0; list-style: none; }
 .key li, td.run, th.run { overflow-wrap: anywhere; }
 .swatch { display: inline-block; width: .75em; height: .75em; border-radius: 3px; margin-right: .45em; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(115px, 1fr)); gap: 10px; margin: 18px 0 0; }
+.tiles { display: grid; grid-template-columns: repeat(5, 1fr); gap: 10px; margin: 18px 0 0; }
 .tile { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 10px 12px; min-width: 0; }
 .tile b { display: block; font-size: 1.25rem; font-weight: 650; overflow-wrap: anywhere; }
 .tile span { color: var(--pale); font-size: .8rem; }
-.tile b + span { display: block; }
+.tile b + span { display: block; overflow-wrap: anywhere; }
+.reason { margin: 12px 0 0; overflow-wrap: anywhere; }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); gap: 12px; }
 figure, .absent, .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; margin: 0;
   padding: 12px; min-width: 0; }
@@ -33,7 +34,7 @@ figcaption { margin-top: 4px; }
 .absent { border-style: dashed; background: none; align-self: start; }
 .on-phones { display: none !important; }
 .scroll { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 10px;
-  margin-bottom: 12px; }
+  margin: 12px 0; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; width: 100%; }
 th, td { text-align: right; padding: 6px 12px; border-bottom: 1px solid var(--line); white-space: nowrap; }
 tr:last-child td, tr:last-child th { border-bottom: 0; }
@@ -58,7 +59,10 @@ footer { margin: 40px 0 32px; }
   .on-phones { display: block !important; }
   .on-screens { display: none !important; }
   header { padding-top: 18px; }
+  .tiles { grid-template-columns: repeat(2, 1fr); }
   figure, .absent, .card { padding: 10px 8px; }
+  th, td { white-space: normal; padding: 6px 7px; }
+  .texts td { min-width: 98px; }
 }
 @media print { body { background: none; } figure, .tile, .scroll { break-inside: avoid; } nav { display: none; } }
 """

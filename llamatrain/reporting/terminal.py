@@ -33,14 +33,15 @@ def compared(runs: Sequence[Run], *, power_watts: float | None = None, width: in
         if rows:
             note = "" if all(one.same_texts for one in found) else f"\n* {OTHER_TEXTS}"
             parts.append("at equal tokens\n" + table([["", *names], *rows]) + note)
+        settings = differing_settings(runs)
         for title, differences in (
-            ("settings that differ", differing_settings(runs)),
+            ("settings that differ", settings),
             ("machines and versions that differ", differing_environments(runs)),
         ):
             if differences:
                 lines = [[key, *map(words.value, values)] for key, values in differences.items()]
                 parts.append(f"{title}\n" + table([["", *names], *lines]))
-        if not differing_settings(runs):
+        if not settings:
             parts.append("their settings are the same")
     return "\n\n".join(parts)
 

@@ -1,24 +1,17 @@
 """Numbers as people read them."""
 
+import math
 from typing import Any
 
 ABSENT = "–"
-UNITS = ((1e12, "trillion", "T"), (1e9, "billion", "B"), (1e6, "million", "M"), (1e3, "thousand", "k"))
-
-
-def unit_of(most: float) -> tuple[float, str]:
-    """In what to count up to so many: (1e9, "billion")."""
-    for size, name, _ in UNITS:
-        if most >= size:
-            return size, name
-    return 1.0, ""
+UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
 def count(number: float | None) -> str:
     """1.4T, 33.2B, 820k, 12: three figures."""
     if number is None:
         return ABSENT
-    for size, _, letter in UNITS:
+    for size, letter in UNITS:
         if abs(number) >= 0.9995 * size:
             return f"{_three(number / size)}{letter}"
     return f"{number:.0f}" if number == int(number) else _three(number)
@@ -31,7 +24,7 @@ def _three(number: float) -> str:
 
 
 def decimal(number: float | None, places: int = 3) -> str:
-    return ABSENT if number is None else f"{number:.{places}f}"
+    return ABSENT if number is None or not math.isfinite(number) else f"{number:.{places}f}"
 
 
 def share(number: float | None) -> str:
@@ -54,8 +47,10 @@ def _scaled(value: float, units: tuple[tuple[str, float], ...]) -> str:
     return f"{number:,.0f} {name}" if number >= 999.5 else f"{_three(number)} {name}"
 
 
-def hours(number: float) -> str:
+def hours(number: float | None) -> str:
     """Device-hours: 1,022,362 or 0.05."""
+    if number is None:
+        return ABSENT
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 

@@ -65,10 +65,6 @@ class DivergenceCheck:
         self._hosts: list[str] = world.gather(socket.gethostname())
         self._asked: list[tuple[Copies, int, Tensor]] = []  # step; a row of fingerprints for each rank of the group
 
-    @property
-    def has_copies(self) -> bool:
-        return bool(self._copies)
-
     def begin(self, step: int, copies: Sequence[Copies] | None = None) -> None:
         """Exchange fingerprints of the state after `step`, or of other `copies`; the ranks of each group call it."""
         for one in self._copies if copies is None else copies:

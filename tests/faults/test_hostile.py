@@ -36,6 +36,7 @@ from llamatrain.errors import LONGEST, CheckpointError, ConfigError, DataError, 
 from llamatrain.files import sha256_of_file, sha256_of_json
 from llamatrain.trainer import Trainer
 from tests.small_run import small_config, train_in_process, trainer_for
+from tests.test_checkpoint import places
 
 pytestmark = pytest.mark.drill(
     "hostile files, manifests and settings; secrets in settings and environment",
@@ -53,12 +54,6 @@ ABSURD = [
     "\0", "\ud800", "\x1b[2J", "..", "../../x.safetensors", "/etc/passwd", "x" * 100_000, [], {}, [[]], [None],
     {"": {}}, [0] * 1000, {"a": {"b": {"c": []}}},
 ]  # fmt: skip
-
-
-def places(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The path of every value inside a JSON document."""
-    inside = list(node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ())
-    return [(*path, key) for key, _ in inside] + [p for key, value in inside for p in places(value, (*path, key))]
 
 
 def mutate(document: dict[str, Any], data: st.DataObject) -> None:
