@@ -14,13 +14,14 @@ data. What was set stays as it is in the layouts it proposes, what was left alon
   pue=1.1 kg_per_kwh=0.385            the paper's method of reckoning carbon
   serve.tokens=2e12                   given these, served over the model's life: which size, trained on how many tokens,
                                       costs least in all at the loss of this run (or serve.loss=…)
-  serve.utilisation=0.2 serve.fit=hoffmann|besiroglu serve.plot=FILE.svg
+  serve.utilisation=0.2 serve.fit=hoffmann|besiroglu serve.plot=FILE.svg|FILE.png
 
 Exit status: 0 it fits - 2 it does not, and the nearest that does is told; or what was typed is wrong.
 docs/planning.md tells how it reckons, and how well that has foretold published runs.
 """
 
 import json
+import sys
 
 import yaml
 
@@ -40,6 +41,7 @@ def run(config: PlanConfig) -> None:
     print(json.dumps(as_values(found), indent=1) if config.format == "json" else told(found), flush=True)
     if found.life is not None and config.serve.plot is not None:
         draw(found.life, config.serve.plot)
+        print(f"\ndrawn: {config.serve.plot}", file=sys.stdout if config.format == "text" else sys.stderr, flush=True)
     if not found.fits:
         raise ConfigError(refusal(found))
 

@@ -70,8 +70,21 @@ def _build_dataclass(schema: Any, values: Any, path: str, known: list[str]) -> A
 
 def _nearest(key: str, known: list[str]) -> str:
     same_leaf = [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]]
-    matches = same_leaf or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    others = [k for k in known if not key.startswith(f"{k}.")]
+    matches = same_leaf or _beside(key, others) or difflib.get_close_matches(key, others, n=1, cutoff=0.5)
     return f"; did you mean {' or '.join(matches)}?" if matches else ""
+
+
+def _beside(key: str, known: list[str]) -> list[str]:
+    """The key of the same group of which a word is nearest to the one typed: `prize` to `price_per_gpu_hour`."""
+    group, _, leaf = key.rpartition(".")
+    words = {word: k for k in reversed(known) if k.rpartition(".")[0] == group for word in _words(k)}
+    return [words[word] for word in difflib.get_close_matches(leaf, words, n=1, cutoff=0.7)]
+
+
+def _words(key: str) -> list[str]:
+    leaf = key.rpartition(".")[2]
+    return [leaf, *leaf.split("_")]
 
 
 def _convert(kind: Any, value: Any, path: str, known: list[str]) -> Any:

@@ -11,6 +11,7 @@ class HardwareConfig:
 
     memory_gib: float | None = None  # of a GPU
     peak_tflops: float | None = None  # dense bf16
+    peak_fp32_tflops: float | None = None  # asked for by train.precision=fp32 alone
     memory_gb_s: float | None = None  # from a GPU's memory, GB a second
     processors: int | None = None  # streaming multiprocessors of a GPU
     link_gb_s: float | None = None  # from a GPU to the others of its node, GB a second one way

@@ -8,6 +8,7 @@ from llamatrain.errors import ConfigError
 
 FORMATS = ("text", "json")
 FITS = ("hoffmann", "besiroglu")
+PLOTS = (".svg", ".png")
 
 
 @dataclass
@@ -54,7 +55,6 @@ def check_plan(config: PlanConfig, *, clusters: list[str]) -> None:
         if number < 1:
             raise ConfigError(f"{key}={number}: must be at least 1")
     for key, value in (
-        ("restart_minutes", config.restart_minutes),
         ("save_gb_s", config.save_gb_s),
         ("storage_gb_s", config.storage_gb_s),
         ("serve.tokens", config.serve.tokens),
@@ -64,6 +64,8 @@ def check_plan(config: PlanConfig, *, clusters: list[str]) -> None:
     ):
         if value is not None and not value > 0:
             raise ConfigError(f"{key}={value}: must be above 0")
+    if config.restart_minutes < 0:
+        raise ConfigError(f"restart_minutes={config.restart_minutes}: must not be negative")
     if config.serve.utilisation > 1:
         raise ConfigError(f"serve.utilisation={config.serve.utilisation}: must be at most 1, the whole of the peak")
     if config.pue < 1:
@@ -74,4 +76,6 @@ def check_plan(config: PlanConfig, *, clusters: list[str]) -> None:
         raise ConfigError(f"serve.fit={config.serve.fit}: choose one of {', '.join(FITS)}")
     if config.serve.plot and config.serve.tokens is None:
         raise ConfigError("serve.plot draws what serve.tokens asks: serve.tokens=N")
+    if config.serve.plot and not config.serve.plot.endswith(PLOTS):
+        raise ConfigError(f"serve.plot={config.serve.plot}: must end in {' or '.join(PLOTS)}")
     check_hardware(config.cluster.hardware)

@@ -29,11 +29,13 @@ class Gpu:
     name: str
     memory: float  # bytes
     peak: float  # dense bf16 FLOP/s
+    peak_fp32: float | None  # FLOP/s of fp32 as torch multiplies it: no TF32
     bandwidth: float  # of its memory, bytes a second
     processors: int  # streaming multiprocessors, over which a product's tiles are spread
     link: float  # to the other GPUs of its node, bytes a second one way
     watts: float
     reached: Calibration
+    fitted_on: str | None  # kind of GPU that `reached` was fitted on; None: it was set by hand
 
 
 @dataclass(frozen=True)
@@ -62,17 +64,18 @@ class _Sheet:
     bandwidth: float
     processors: int
     link: float
+    peak_fp32: float
     kind: str  # of calibration: an H200 is an H100 with other memory
 
 
 # By what torch.cuda.get_device_name() gives behind "NVIDIA ".
 _SHEETS = {
-    r"A100-SXM4-80GB": _Sheet(79.2, 2.039e12, 108, 300e9, "A100"),
-    r"A100-SXM4-40GB": _Sheet(39.4, 1.555e12, 108, 300e9, "A100"),
-    r"A800-SXM4-80GB": _Sheet(79.2, 2.039e12, 108, 200e9, "A100"),
-    r"H100 80GB HBM3": _Sheet(79.1, 3.35e12, 132, 450e9, "H100"),
-    r"H800": _Sheet(79.1, 3.35e12, 132, 200e9, "H100"),
-    r"H200": _Sheet(139.8, 4.8e12, 132, 450e9, "H100"),
+    r"A100-SXM4-80GB": _Sheet(79.2, 2.039e12, 108, 300e9, 19.5e12, "A100"),
+    r"A100-SXM4-40GB": _Sheet(39.4, 1.555e12, 108, 300e9, 19.5e12, "A100"),
+    r"A800-SXM4-80GB": _Sheet(79.2, 2.039e12, 108, 200e9, 19.5e12, "A100"),
+    r"H100 80GB HBM3": _Sheet(79.1, 3.35e12, 132, 450e9, 66.9e12, "H100"),
+    r"H800": _Sheet(79.1, 3.35e12, 132, 200e9, 66.9e12, "H100"),
+    r"H200": _Sheet(139.8, 4.8e12, 132, 450e9, 66.9e12, "H100"),
 }
 
 REQUIRED = (
@@ -88,6 +91,13 @@ REQUIRED = (
 )
 
 
+def _names_with(given: str) -> list[str]:
+    """The accelerators in whose names are all words of what was given, and no number cut short: an H20 is no H200."""
+    words = [rf"\b{re.escape(word)}((?<!\d)|(?!\d))" for word in re.split(r"[\s-]+", given) if word]
+    names = [f"NVIDIA {name}" for name in _SHEETS]
+    return [name for name in names if words and all(re.search(word, name, re.IGNORECASE) for word in words)]
+
+
 def cluster_of(config: ClusterConfig) -> Cluster:
     """The cluster that a file of conf/cluster describes. Raises ConfigError naming what it leaves unsaid."""
     if config.gpus_per_node < 1:
@@ -98,11 +108,14 @@ def cluster_of(config: ClusterConfig) -> Cluster:
     peak = peak_flops(accelerator)
     known: dict[str, float | None] = {"peak_tflops": peak / 1e12 if peak else None}
     known |= {"gpu_watts": board_watts(accelerator), "network_gb_s": None}  # a network is the cluster's
+    fp32, fitted_on = given.peak_fp32_tflops, None
     if sheet is not None:
         known |= {"memory_gib": sheet.memory_gib, "memory_gb_s": sheet.bandwidth / GB, "link_gb_s": sheet.link / GB}
         reached = CALIBRATION[sheet.kind]
         known |= {"processors": sheet.processors}
         known |= {"products_share": reached.products, "attention_share": reached.attention}
+        fp32 = fp32 or sheet.peak_fp32 / 1e12
+        fitted_on = sheet.kind if given.products_share is None or given.attention_share is None else None
     has: dict[str, float] = {}
     for key in REQUIRED:
         value = getattr(given, key)
@@ -110,16 +123,22 @@ def cluster_of(config: ClusterConfig) -> Cluster:
         if value is not None:
             has[key] = value
     if unsaid := [f"cluster.hardware.{key}=…" for key in REQUIRED if key not in has]:
-        raise ConfigError(f"cluster.accelerator={accelerator or 'null'} is not known well enough: {' '.join(unsaid)}")
+        like = _names_with(accelerator) if sheet is None else []
+        meant = f"did you mean {' or '.join(like)}? if not, " if like else ""
+        raise ConfigError(
+            f"cluster.accelerator={accelerator or 'null'} is not known well enough: {meant}{' '.join(unsaid)}"
+        )
     gpu = Gpu(
         name=name or config.name or "",
         memory=has["memory_gib"] * GIB,
         peak=has["peak_tflops"] * 1e12,
+        peak_fp32=None if fp32 is None else fp32 * 1e12,
         bandwidth=has["memory_gb_s"] * GB,
         processors=int(has["processors"]),
         link=has["link_gb_s"] * GB,
         watts=has["gpu_watts"],
         reached=Calibration(products=has["products_share"], attention=has["attention_share"]),
+        fitted_on=fitted_on,
     )
     hours = given.gpu_hours_between_failures
     return Cluster(

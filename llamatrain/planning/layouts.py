@@ -6,10 +6,11 @@ is recomputed. A layout that the configuration's own checks refuse is not among 
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from llamatrain.config import ParallelConfig, RunConfig, SourceConfig, TrainConfig
-from llamatrain.config.parallel import RECOMPUTE, Layout, check_parallel, layout, misfit
+from llamatrain.config.parallel import AXES, RECOMPUTE, Layout, check_parallel, layout, misfit
 from llamatrain.config.run import beyond_the_model, check_batch
 from llamatrain.errors import ConfigError
 from llamatrain.memory import USABLE, memory_by_part
@@ -18,7 +19,7 @@ from llamatrain.planning.roofline import StepTime, step_time
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 LONG_SEQUENCE = 16_384  # tokens, from which on sharing sequences is tried
-MOST_STAGES = 32
+STAGES = (1, 2, 4, 8, 16, 32)
 COPIES = 4  # numbers of copies of the weights that are tried
 
 
@@ -78,34 +79,25 @@ def settled(config: RunConfig) -> RunConfig:
 def usable(config: RunConfig, cluster: Cluster) -> float:
     """Bytes of a GPU that a run may take."""
     budget = config.parallel.recompute_budget_gib
-    return USABLE * cluster.gpu.memory if budget is None else budget * 2**30
-
-
-def choice(config: RunConfig, cluster: Cluster, *, world_size: int, recompute: str) -> Choice:
-    """Of a settled configuration."""
-    memory = memory_by_part(config, recompute, world_size=world_size)
-    return Choice(config, world_size, recompute, memory, step_time(config, recompute, cluster, world_size=world_size))
+    return USABLE * cluster.gpu.memory if budget is None else min(budget * 2**30, cluster.gpu.memory)
 
 
 def as_asked(config: RunConfig, cluster: Cluster, *, world_size: int) -> Choice:
-    """The run as it is, with the recompute choice that `auto` would make; the most sparing one if none fits."""
+    """A settled run as it is, with the recompute choice that `auto` would make; the most sparing one if none fits."""
     asked = config.parallel.recompute
-    ways = RECOMPUTE if asked == "auto" else (asked,)
-    room = usable(config, cluster)
-    fitting = (way for way in ways if sum(memory_by_part(config, way, world_size=world_size).values()) <= room)
-    return choice(config, cluster, world_size=world_size, recompute=next(fitting, ways[-1]))
+    for way in RECOMPUTE if asked == "auto" else (asked,):  # in the order of their cost
+        memory = memory_by_part(config, way, world_size=world_size)
+        if sum(memory.values()) <= usable(config, cluster):
+            break
+    return Choice(config, world_size, way, memory, step_time(config, way, cluster, world_size=world_size))
 
 
 def fitting(config: RunConfig, cluster: Cluster, *, world_size: int) -> list[Choice]:
     """The layouts that fit, the fastest first; of equally fast ones the simplest."""
-    room = usable(config, cluster)
-    ways = RECOMPUTE if config.parallel.recompute == "auto" else (config.parallel.recompute,)
-    found = []
-    for candidate in candidates(config, cluster, world_size=world_size):
-        for way in ways:  # in the order of their cost
-            if sum(memory_by_part(candidate, way, world_size=world_size).values()) <= room:
-                found.append(choice(candidate, cluster, world_size=world_size, recompute=way))
-                break
+    tried = (
+        as_asked(one, cluster, world_size=world_size) for one in candidates(config, cluster, world_size=world_size)
+    )
+    found = [choice for choice in tried if choice.bytes <= usable(config, cluster)]
     return sorted(found, key=lambda choice: (-choice.rate, _pieces(choice)))
 
 
@@ -114,6 +106,16 @@ def _pieces(choice: Choice) -> int:
     mesh, parallel = choice.mesh, choice.config.parallel
     axes = sum(size > 1 for size in (mesh.pp, mesh.tp, mesh.cp, mesh.dp_replicate))
     return axes + (parallel.reshard_after_forward != "always") + (choice.recompute != "none")
+
+
+def held(config: RunConfig) -> list[str]:
+    """What of that which is searched was set by the user, and stays."""
+    parallel, plain = config.parallel, ParallelConfig()
+    axes = (name for name in (*AXES, "reshard_after_forward") if getattr(parallel, name) != getattr(plain, name))
+    kept = [f"parallel.{name}={getattr(parallel, name)}" for name in axes]
+    kept += [f"parallel.recompute={parallel.recompute}"] if parallel.recompute != "auto" else []
+    micro_batch = config.train.micro_batch
+    return kept + ([f"train.micro_batch={micro_batch}"] if micro_batch != TrainConfig().micro_batch else [])
 
 
 def candidates(config: RunConfig, cluster: Cluster, *, world_size: int) -> Iterator[RunConfig]:
@@ -127,25 +129,21 @@ def candidates(config: RunConfig, cluster: Cluster, *, world_size: int) -> Itera
 
     one_axis = asked.sharding == "fairscale"
     within_node = [n for n in (1, 2, 4, 8, 16) if node % n == 0 and not (one_axis and n > 1)]
-    stages = [
-        n for n in (1, 2, 4, 8, 16, 32) if n <= min(MOST_STAGES, config.model.n_layers) and not (one_axis and n > 1)
-    ]
+    one_stage = one_axis or config.evaluation.samples or config.evaluation.tasks  # which a pipeline cannot answer
+    stages = (1,) if one_stage else [n for n in STAGES if n <= config.model.n_layers]
     parts = within_node if config.data.seq_len >= LONG_SEQUENCE else (1,)
     batches = left("micro_batch", MICRO_BATCHES, TrainConfig())
-    for tp in left("tp", within_node):
-        for pp in left("pp", stages):
-            for cp in left("cp", parts):
-                ranks, rest = divmod(world_size, tp * pp * cp)
-                if rest:
-                    continue
-                for copies in left("dp_replicate", _copies(ranks, tp * cp, node, one_axis=one_axis)):
-                    for gathered in left("reshard_after_forward", ("always", "never")):
-                        mesh = replace(asked, tp=tp, pp=pp, cp=cp, dp_replicate=copies, reshard_after_forward=gathered)
-                        for micro_batch in batches:
-                            train = replace(config.train, micro_batch=micro_batch)
-                            tried = replace(config, parallel=mesh, train=train)
-                            if not _refused(tried, world_size):
-                                yield tried
+    for tp, pp, cp in product(left("tp", within_node), left("pp", stages), left("cp", parts)):
+        ranks, rest = divmod(world_size, tp * pp * cp)
+        if rest:
+            continue
+        for copies in left("dp_replicate", _copies(ranks, tp * cp, node, one_axis=one_axis)):
+            kept_gathered = ("always", "never") if ranks // copies * cp > 1 else ("always",)
+            for gathered, micro_batch in product(left("reshard_after_forward", kept_gathered), batches):
+                mesh = replace(asked, tp=tp, pp=pp, cp=cp, dp_replicate=copies, reshard_after_forward=gathered)
+                tried = replace(config, parallel=mesh, train=replace(config.train, micro_batch=micro_batch))
+                if not _refused(tried, world_size):
+                    yield tried
 
 
 def _copies(ranks: int, together: int, node: int, *, one_axis: bool) -> list[int]:

@@ -6,8 +6,9 @@ is cheaper at inference (arXiv 2302.13971, 1). The answer follows Sardana et al.
 
     L(N, D) = E + A / N^alpha + B / D^beta
 
-(arXiv 2203.15556, approach 3) of N parameters and D tokens, take the N with the least of 6 N D FLOPs of training and
-2 N FLOPs for each token served, each by what its GPUs reach.
+(arXiv 2203.15556, approach 3) of N parameters and D tokens, take the N with the least cost of training and of 2 N FLOPs
+for each token served. A FLOP of training costs what it costs in the plan, attention's as well as the 6 N D; attention's
+12 L d s for a token grow with N^(2/3), as layers and width grow with N^(1/3) each.
 
 What the fit is worth. It is of one data set, tokenizer and family of models (Chinchilla's), of up to 16B parameters:
 its losses are not those of other data, and far from its own runs, at hundreds of tokens a parameter, it is an
@@ -50,11 +51,17 @@ FITS = {
 
 @dataclass(frozen=True)
 class Prices:
-    """What training and serving cost."""
+    """What training and serving cost, in any unit."""
 
-    train_flops: float  # a second that a GPU reaches in training
-    serve_flops: float  # the same in serving
-    per_gpu_hour: float  # in any unit, 1 for GPU-hours
+    train_flop: float  # for a FLOP, whatever is lost between them included
+    serve_flop: float
+    attention: float = 0.0  # FLOPs of training a token, for each parameter^(2/3)
+
+    def training(self, parameters: float, tokens: float) -> float:
+        return self.train_flop * (6 * parameters + self.attention * parameters ** (2 / 3)) * tokens
+
+    def serving(self, parameters: float, tokens: float) -> float:
+        return self.serve_flop * 2 * parameters * tokens
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,11 @@ class Size:
     def tokens_per_parameter(self) -> float:
         return self.tokens / self.parameters
 
+    @property
+    def at_the_edge(self) -> bool:
+        """Of what is looked at: beyond it may lie a better one."""
+        return not 1.001 * SMALLEST < self.parameters < LARGEST / 1.001
+
 
 @dataclass(frozen=True)
 class Lifetime:
@@ -90,15 +102,13 @@ def lifetime(fit: Fit, loss: float, prices: Prices, *, served: float) -> Lifetim
 
     def at(parameters: float) -> Size:
         tokens = fit.tokens(parameters, loss)
-        hour = 3600 / prices.per_gpu_hour
-        training = 6 * parameters * tokens / prices.train_flops / hour
-        return Size(parameters, tokens, training, 2 * parameters * served / prices.serve_flops / hour)
+        return Size(parameters, tokens, prices.training(parameters, tokens), prices.serving(parameters, served))
 
     if fit.tokens(LARGEST, loss) == math.inf:
         raise ValueError(f"no model reaches {loss}: {fit.floor} is the fit's loss of endless parameters and tokens")
     cheapest, chinchilla = _least(lambda n: at(n).cost), _least(lambda n: at(n).training)
-    steps = 60
-    low, high = min(cheapest, chinchilla) / 4, max(cheapest, chinchilla) * 4
+    steps = 200
+    low, high = max(SMALLEST, min(cheapest, chinchilla) / 4), min(LARGEST, max(cheapest, chinchilla) * 4)
     curve = [at(low * (high / low) ** (step / steps)) for step in range(steps + 1)]
     return Lifetime(loss, at(cheapest), at(chinchilla), [size for size in curve if size.tokens < math.inf])
 
@@ -107,11 +117,11 @@ def _least(cost: Callable[[float], float]) -> float:
     """The number of parameters of least cost; golden section over its logarithm, after a coarse look."""
     grid = [SMALLEST * 10 ** (step / 10) for step in range(61)]
     best = min(grid, key=cost)
-    low, high = math.log(best / 10**0.1), math.log(best * 10**0.1)
+    low, high = math.log(max(SMALLEST, best / 10**0.1)), math.log(min(LARGEST, best * 10**0.1))
     share = (math.sqrt(5) - 1) / 2
     for _ in range(60):
         left, right = high - share * (high - low), low + share * (high - low)
-        if cost(math.exp(left)) <= cost(math.exp(right)):
+        if cost(math.exp(left)) < cost(math.exp(right)):  # both are endless where models are too small for the loss
             high = right
         else:
             low = left

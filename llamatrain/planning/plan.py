@@ -2,18 +2,18 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llamatrain.arithmetic import SAVED_BYTES, carbon, flops_per_token, parameter_count
-from llamatrain.config import ModelConfig, validate
-from llamatrain.config.parallel import RECOMPUTE
+from llamatrain.config import ModelConfig, ParallelConfig, validate
+from llamatrain.config.parallel import RECOMPUTE, check_parallel
 from llamatrain.config.plan import PlanConfig
 from llamatrain.errors import ConfigError
 from llamatrain.memory import memory_by_part
 from llamatrain.planning.hardware import Cluster, cluster_of
-from llamatrain.planning.layouts import Choice, as_asked, fitting, settled, usable
-from llamatrain.planning.lifetime import FITS, Fit, Lifetime, Prices, lifetime
+from llamatrain.planning.layouts import Choice, as_asked, fitting, held, settled, usable
+from llamatrain.planning.lifetime import FITS, Fit, Lifetime, Prices, Size, lifetime
 from llamatrain.planning.reliability import Reliability, reliability
 
 LEAST_SAVE_S = 1.0  # that ranks take to agree on a save
@@ -55,6 +55,7 @@ class Life:
     fit: Fit
     served: float
     found: Lifetime
+    asked: Size | None  # the run as it is planned; None: another loss was asked for than its own
     unit: str  # of the costs
     presets: list[tuple[str, float, float]]  # name, parameters, tokens with which it reaches the loss
 
@@ -66,22 +67,26 @@ def plan(config: PlanConfig, presets: Mapping[str, ModelConfig]) -> Plan:
     """
     config = _settled(config)
     cluster, world = cluster_of(config.cluster), config.processes
-    validate(config, world_size=world)
+    try:
+        validate(config, world_size=world)
+    except ConfigError as error:
+        raise ConfigError(f"{error}{_way_out(config, cluster, world)}") from None
     asked = as_asked(config, cluster, world_size=world)
     room = usable(config, cluster)
     fits = asked.bytes <= room
     best = fitting(config, cluster, world_size=world)
+    spent = effort(config, cluster, asked)
     return Plan(
         config=config,
         cluster=cluster,
         asked=asked,
-        effort=effort(config, cluster, asked),
+        effort=spent,
         fits=fits,
         room=room,
         by_recompute={way: memory_by_part(config, way, world_size=world) for way in RECOMPUTE},
         best=best,
         nearest=None if fits else _nearest(config, cluster, asked, best),
-        life=_life(config, cluster, asked, presets) if config.serve.tokens is not None else None,
+        life=_life(config, cluster, spent, presets) if config.serve.tokens is not None else None,
     )
 
 
@@ -89,6 +94,21 @@ def _settled(config: PlanConfig) -> PlanConfig:
     done = settled(config)
     assert isinstance(done, PlanConfig)
     return done
+
+
+def _way_out(config: PlanConfig, cluster: Cluster, world: int) -> str:
+    """The fastest layout for a run that is refused for that which it has; nothing if that is not the reason."""
+    try:
+        check_parallel(config.parallel)
+        validate(replace(config, parallel=ParallelConfig()), world_size=1)
+        best = fitting(config, cluster, world_size=world)
+        for choice in best[:1]:
+            validate(choice.config, world_size=world)
+            return f"; or keep all that and have another layout: {' '.join(choice.overrides())}"
+    except ConfigError:
+        return ""
+    kept = " ".join(held(config))
+    return f"; no other layout for {world:,} GPUs keeps that batch and fits{f', with {kept} as set' if kept else ''}"
 
 
 def effort(config: PlanConfig, cluster: Cluster, chosen: Choice) -> Effort:
@@ -137,29 +157,24 @@ def mfu(config: PlanConfig, cluster: Cluster, chosen: Choice) -> float:
 
 def _nearest(config: PlanConfig, cluster: Cluster, asked: Choice, best: list[Choice]) -> Choice | None:
     """What fits with the fewest changes; on twice the nodes, four times, …, if nothing does on so many."""
-    found, nodes = best, config.nodes or 1
-    for _ in range(MOST_DOUBLINGS):
+    typed, world = set(asked.overrides()), asked.world_size
+    for doublings in range(MOST_DOUBLINGS + 1):
+        found = best if doublings == 0 else fitting(config, cluster, world_size=world * 2**doublings)
         if found:
-            typed = set(asked.overrides())
             return min(found, key=lambda choice: (len(set(choice.overrides()) - typed), 1 / choice.rate))
-        nodes *= 2
-        found = fitting(config, cluster, world_size=nodes * cluster.gpus_per_node)
     return None
 
 
 # the model's life
 
 
-def _life(config: PlanConfig, cluster: Cluster, asked: Choice, presets: Mapping[str, ModelConfig]) -> Life:
-    fit, serve = FITS[config.serve.fit], config.serve
+def _life(config: PlanConfig, cluster: Cluster, spent: Effort, presets: Mapping[str, ModelConfig]) -> Life:
+    fit, serve, parameters = FITS[config.serve.fit], config.serve, parameter_count(config.model)
     assert serve.tokens is not None
-    loss = serve.loss
-    if loss is None:
-        loss = fit.loss(parameter_count(config.model), config.total_steps * config.train.global_batch_tokens)
-    prices = Prices(
-        train_flops=mfu(config, cluster, asked) * cluster.gpu.peak,
-        serve_flops=serve.utilisation * cluster.gpu.peak,
-        per_gpu_hour=1.0 if cluster.price is None else cluster.price,
+    loss = fit.loss(parameters, spent.tokens) if serve.loss is None else serve.loss
+    prices = _prices(config, cluster, spent)
+    asked = Size(
+        parameters, spent.tokens, prices.training(parameters, spent.tokens), prices.serving(parameters, serve.tokens)
     )
     try:
         found = lifetime(fit, loss, prices, served=serve.tokens)
@@ -170,7 +185,18 @@ def _life(config: PlanConfig, cluster: Cluster, asked: Choice, presets: Mapping[
     reaching = [
         (name, size, fit.tokens(size, loss)) for name, size in sizes.items() if fit.tokens(size, loss) < math.inf
     ]
-    return Life(fit, serve.tokens, found, unit, reaching)
+    return Life(fit, serve.tokens, found, asked if serve.loss is None else None, unit, reaching)
+
+
+def _prices(config: PlanConfig, cluster: Cluster, spent: Effort) -> Prices:
+    """Of training what the plan's own run costs, all included; in GPU-hours where those have no price."""
+    parameters, flops = parameter_count(config.model), flops_per_token(config.model, config.data.seq_len)
+    per_hour = 1.0 if cluster.price is None else cluster.price
+    return Prices(
+        train_flop=per_hour * spent.gpu_hours / (spent.tokens * flops),
+        serve_flop=per_hour / (3600 * config.serve.utilisation * cluster.gpu.peak),
+        attention=(flops - 6 * parameters) / parameters ** (2 / 3),
+    )
 
 
 # as plain values
@@ -189,6 +215,7 @@ def as_values(plan: Plan) -> dict[str, Any]:
         "step_seconds": step_values(asked),
         "tokens_per_s_per_gpu": asked.rate,
         "mfu": mfu(config, cluster, asked),
+        "calibration": {**vars(cluster.gpu.reached), "fitted_on": cluster.gpu.fitted_on},
         "tokens": effort.tokens,
         "days": effort.days,
         "gpu_hours": effort.gpu_hours,
@@ -211,6 +238,7 @@ def as_values(plan: Plan) -> dict[str, Any]:
             "fit": life.fit.source,
             "loss": life.found.loss,
             "served_tokens": life.served,
+            "asked": None if life.asked is None else size_values(life.asked),
             "cheapest": size_values(life.found.cheapest),
             "chinchilla": size_values(life.found.chinchilla),
             "presets": [{"model": name, "parameters": n, "tokens": d} for name, n, d in life.presets],
@@ -236,5 +264,6 @@ def layout_values(config: PlanConfig, cluster: Cluster, choice: Choice) -> dict[
     }
 
 
-def size_values(size: Any) -> dict[str, float]:
-    return {**vars(size), "cost": size.cost, "tokens_per_parameter": size.tokens_per_parameter}
+def size_values(size: Size) -> dict[str, float | bool]:
+    more = {"cost": size.cost, "tokens_per_parameter": size.tokens_per_parameter, "at_the_edge": size.at_the_edge}
+    return {**vars(size), **more}

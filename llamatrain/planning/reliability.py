@@ -1,12 +1,16 @@
 """What failures will cost a run, and how often to save. No torch.
 
-Failures come at random; each costs what was computed since the last save, half an interval in the mean, and a restart.
-Saves hold training up. `arithmetic.save_interval_s` has the interval that loses least (Daly).
+Failures come at random and independently; each costs what was computed since the last save, and a restart, in which the
+next may come. Saves hold training up. After Daly (Future Generation Computer Systems 22, 2006), whose interval that
+loses least is `arithmetic.save_interval_s`.
 """
 
+import math
 from dataclasses import dataclass
 
 from llamatrain.arithmetic import save_interval_s
+
+HOPELESS = 20.0  # failures that come, in the mean, in the time of one interval and one restart
 
 
 @dataclass(frozen=True)
@@ -23,11 +27,12 @@ def reliability(
 ) -> Reliability:
     """Of a run that computes for `training_s`; `written_s`: until a save is on disk, before which no other begins.
 
-    Of the time on the clock the share (interval / 2 + restart) / failure is lost; in the rest a save follows each
-    interval.
+    To get through an interval and its save, of s seconds, takes M e^(restart / M) (e^(s / M) - 1) seconds in the mean,
+    with M seconds between failures. A run that never gets through has a goodput of 0.
     """
-    interval_s = max(save_interval_s(save_s, failure_s), written_s)
-    lost = (interval_s / 2 + restart_s) / failure_s
-    goodput = max(0.0, (1 - lost) / (1 + save_s / interval_s))
-    wall_s = training_s / goodput if goodput else float("inf")
-    return Reliability(failure_s, save_s, interval_s, goodput, wall_s / failure_s)
+    interval_s = min(training_s, max(save_interval_s(save_s, failure_s), written_s))  # the last step is always saved
+    segment, restart = (interval_s + save_s) / failure_s, restart_s / failure_s
+    if segment + restart > HOPELESS:
+        return Reliability(failure_s, save_s, interval_s, goodput=0.0, failures=math.inf)
+    goodput = interval_s / (failure_s * math.exp(restart) * math.expm1(segment))
+    return Reliability(failure_s, save_s, interval_s, goodput, training_s / goodput / failure_s)

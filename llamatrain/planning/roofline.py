@@ -6,6 +6,7 @@ it:
 - matrix products by the peak. Of it large ones reach a share that is calibrated; smaller ones lose half a wave of
   tiles at their end, and the filling of the pipeline over K.
 - attention's kernels by the peak, of which they reach a share of their own.
+  In fp32 both by the peak of fp32, with the shares of bf16: nobody publishes runs in it.
 - what is elementwise, FSDP's copies and the optimizer by the bandwidth of the memory.
 - gathers, reductions and exchanges by the links inside nodes and between them. FSDP's hide behind a block's
   computation as far as they take no longer, but take memory bandwidth and processors from it; those of tensor and
@@ -21,7 +22,8 @@ from dataclasses import dataclass, field, fields
 from llamatrain.arithmetic import block_shapes, element_bytes, micro_batches, products_repeated, reduced_bytes
 from llamatrain.config import RunConfig
 from llamatrain.config.parallel import Layout, layout, stage_layers
-from llamatrain.planning.hardware import Cluster
+from llamatrain.errors import ConfigError
+from llamatrain.planning.hardware import Cluster, Gpu
 
 STREAMED = 0.80  # of the memory's bandwidth that elementwise kernels reach
 LINKED, NETWORKED = 0.80, 0.90  # of the rates inside nodes and between them that collectives reach
@@ -46,6 +48,18 @@ class Habits:
 
 
 LLAMATRAIN = Habits()
+
+
+def products_peak(config: RunConfig, gpu: Gpu) -> float:
+    """FLOP/s of a matrix product in the dtype that the run computes in. Raises ConfigError if it is not known."""
+    if element_bytes(config) == 2:
+        return gpu.peak
+    if gpu.peak_fp32 is None:
+        raise ConfigError(
+            f"train.precision=fp32 on {gpu.name}: its peak is not known; cluster.hardware.peak_fp32_tflops=…, or "
+            "train.precision=bf16"
+        )
+    return gpu.peak_fp32
 
 
 @dataclass
@@ -92,6 +106,7 @@ class _Step:
     def __init__(self, config: RunConfig, recompute: str, cluster: Cluster, world_size: int, habits: Habits) -> None:
         self.config, self.cluster, self.gpu, self.habits = config, cluster, cluster.gpu, habits
         self.model, self.e, self.r = config.model, element_bytes(config), reduced_bytes(config)
+        self.peak = products_peak(config, cluster.gpu)
         self.mesh: Layout = layout(config.parallel, world_size)
         self.world_size, self.recompute = world_size, recompute
         self.tokens = config.train.micro_batch * config.data.seq_len / self.mesh.cp  # of a micro-batch, a rank's part
@@ -134,7 +149,7 @@ class _Step:
         """Seconds of an [m, k] x [k, n]."""
         tiles = math.ceil(m / TILE_M) * math.ceil(n / TILE_N) / self.gpu.processors
         share = self.gpu.reached.products * tiles / (tiles + 0.5) * k / (k + FILLING_K)
-        return 2 * m * n * k / (share * self.gpu.peak)
+        return 2 * m * n * k / (share * self.peak)
 
     def _linear(self, name: str, times: str) -> float:
         """Seconds of a linear layer's product in forward, or of both in backward."""
@@ -170,7 +185,7 @@ class _Step:
         return size / (STREAMED * self.gpu.bandwidth)
 
     def _block_forward(self) -> dict[str, float]:
-        attention = self._attention_flops() / (self.gpu.reached.attention * self.gpu.peak)
+        attention = self._attention_flops() / (self.gpu.reached.attention * self.peak)
         moved = self._streamed(self.tokens * self._elements()["forward"])
         return {"products": self._products("forward"), "attention": attention, "elementwise": moved}
 
@@ -202,7 +217,8 @@ class _Step:
         if self.world_size == 1:
             return 0.0
         local = (self.layers * self.block + self.head) / self.mesh.tp
-        weights = 0.0 if self.habits.flat_copies or self.mesh.shards == 1 else 2 * self.e
+        flat = self.habits.flat_copies or self.config.parallel.sharding == "fairscale"
+        weights = 0.0 if flat or self.mesh.shards == 1 else 2 * self.e
         gathers = 1 if self.config.parallel.reshard_after_forward == "never" else 2
         gradients = self.e + self.r  # read in the one dtype, written in the other
         reductions = self.count if self.config.parallel.reduce_scatter == "each" else 1

@@ -1,17 +1,23 @@
 """A plan as text, and its plot. No torch."""
 
+from math import log
+
 from llamatrain.arithmetic import parameter_count
 from llamatrain.errors import ConfigError
-from llamatrain.planning.layouts import Choice
-from llamatrain.planning.lifetime import Size
-from llamatrain.planning.plan import Life, Plan, mfu, step_values
+from llamatrain.planning.layouts import Choice, held
+from llamatrain.planning.lifetime import LARGEST, SMALLEST, Size
+from llamatrain.planning.plan import MOST_DOUBLINGS, Life, Plan, mfu, step_values
 
-GIB = 2**30
+GIB, DAY = 2**30, 86_400
+DURATIONS = (("days", 1.0), ("h", 1 / 24), ("min", 60 / DAY), ("s", 1 / DAY))  # of a day
+ENERGIES = (("MWh", 1.0), ("kWh", 1e-3), ("Wh", 1e-6))
+EMISSIONS = (("tCO2eq", 1.0), ("kgCO2eq", 1e-3), ("gCO2eq", 1e-6))
 PARTS = {  # of the memory, where another name says more here
     "weights in use": "gathered layers, their buffers",
     "last gradient on its way": "buffers of a reduction",
     "hidden states between stages": "buffers between stages",
 }
+CHEAPEST, CHINCHILLA = "least in all", "Chinchilla's optimum"
 TOLD_AS = {  # parts of a step, in their order
     "products": "matrix products",
     "repeated": "products repeated",
@@ -58,6 +64,9 @@ def _memory(plan: Plan) -> str:
         for way, parts in plan.by_recompute.items()
     ]
     lines.append(f"  activations, of all: {', '.join(ways)}")
+    if plan.config.parallel.recompute_budget_gib is None:
+        left = (plan.cluster.gpu.memory - plan.room) / GIB
+        lines.append(f"  not usable are {left:.1f}, for CUDA's context, NCCL's buffers and gaps between allocations")
     return "\n".join(lines)
 
 
@@ -72,25 +81,54 @@ def _time(plan: Plan) -> str:
     lines.append(f"  {'in all':<32}{total:>9.4f} s")
     share = mfu(plan.config, plan.cluster, plan.asked)
     lines.append(f"  {plan.asked.rate:,.0f} tokens/s a GPU, MFU {share:.1%}")
+    lines.append(f"  {_calibration(plan)}")
     return "\n".join(lines)
+
+
+def _calibration(plan: Plan) -> str:
+    """What the time rests on."""
+    gpu = plan.cluster.gpu
+    shares = f"{gpu.reached.products:.0%} of the peak in matrix products, {gpu.reached.attention:.0%} in attention"
+    if gpu.fitted_on is None:
+        return f"reckoned with {shares}, as set"
+    own = gpu.name.startswith(gpu.fitted_on)
+    return f"reckoned with {shares}: fitted to published runs on {gpu.fitted_on}{'' if own else f', not on {gpu.name}'}"
 
 
 def _effort(plan: Plan) -> str:
     effort, config = plan.effort, plan.config
     found = effort.reliability
-    cost = f", cost {effort.cost:,.0f} at {plan.cluster.price:g} a GPU-hour" if effort.cost is not None else ""
+    once = effort.save_every_steps >= config.total_steps
+    often = "once, at the end," if once else f"every {_in(DURATIONS, found.interval_s / DAY)}"
+    cost = f", cost {_figure(effort.cost)} at {plan.cluster.price:g} a GPU-hour" if effort.cost is not None else ""
     return "\n".join(
         [
             "the run, saves and failures included",
-            f"  {effort.days:,.1f} days, {effort.gpu_hours:,.0f} GPU-hours{cost}",
-            f"  {effort.mwh:,.1f} MWh, {effort.tonnes:,.1f} tCO2eq ({plan.cluster.gpu.watts:g} W a GPU, "
+            f"  {_in(DURATIONS, effort.days)}, {_figure(effort.gpu_hours)} GPU-hours{cost}",
+            f"  {_in(ENERGIES, effort.mwh)}, {_in(EMISSIONS, effort.tonnes)} ({plan.cluster.gpu.watts:g} W a GPU, "
             f"PUE {config.pue:g}, {config.kg_per_kwh:g} kg/kWh)",
-            f"  {found.failures:,.1f} failures expected, one every {found.failure_s / 3600:,.1f} h; "
+            f"  {_amount(found.failures)} failures expected, one every {found.failure_s / 3600:,.1f} h; "
             f"a save holds up {found.save_s:.1f} s",
-            f"  saving every {found.interval_s / 60:,.1f} min loses least: "
+            f"  saving {often} loses least: "
             f"checkpoint.every_steps={effort.save_every_steps}; goodput {found.goodput:.1%}",
         ]
     )
+
+
+def _amount(number: float) -> str:
+    """Small ones to two digits, others to a tenth."""
+    return f"{number:,.1f}" if number >= 1 else f"{number:.2g}"
+
+
+def _figure(number: float) -> str:
+    """As reports have device-hours: 1,022,362 or 0.05."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def _in(units: tuple[tuple[str, float], ...], number: float) -> str:
+    """In the largest of the units that it has one of."""
+    name, size = next((unit for unit in units if number >= unit[1]), units[-1])
+    return f"{_amount(number / size)} {name}"
 
 
 def _layouts(plan: Plan) -> str:
@@ -111,9 +149,13 @@ def _layout(plan: Plan, choice: Choice) -> str:
 def refusal(plan: Plan) -> str:
     """Why the run as asked for cannot be, and the nearest that can."""
     needs = f"{plan.asked.bytes / GIB:.1f} GiB on a GPU are needed, {plan.room / GIB:.1f} are usable"
+    per_node = plan.cluster.gpus_per_node
     if plan.nearest is None:
-        return f"{needs}, and no layout fits, on however many nodes: a shorter data.seq_len, or a smaller model"
-    nodes = plan.nearest.world_size // plan.cluster.gpus_per_node
+        most = plan.asked.world_size * 2**MOST_DOUBLINGS // per_node
+        pinned = held(plan.config)
+        kept, ways = (f"with {' '.join(pinned)} as set, ", "leave those open, or have ") if pinned else ("", "")
+        return f"{needs}; {kept}no layout fits on up to {most} nodes: {ways}a shorter data.seq_len or a smaller model"
+    nodes = plan.nearest.world_size // per_node
     more = "" if nodes == plan.config.nodes else f"nodes={nodes} "
     return f"{needs}; the nearest that fits: {more}{' '.join(plan.nearest.overrides())}"
 
@@ -124,10 +166,14 @@ def _life(life: Life) -> str:
         f"over its life, {life.served:.3g} tokens served: the models that reach a loss of {found.loss:.4f}",
         f"  {'':<22}{'parameters':>11} {'tokens':>9} {'a parameter':>11} {'training':>10} {'serving':>10} "
         f"{'in all':>10}  ({life.unit})",
-        _size("least in all", found.cheapest),
-        _size("Chinchilla's optimum", found.chinchilla),
+        *([] if life.asked is None else [_size("as asked for", life.asked)]),
+        *(_size(label, size) for label, size in ((CHEAPEST, found.cheapest), (CHINCHILLA, found.chinchilla))),
     ]
-    near = min(life.presets, key=lambda preset: abs(preset[1] / found.cheapest.parameters - 1), default=None)
+    edges = [name for name, size in ((CHEAPEST, found.cheapest), (CHINCHILLA, found.chinchilla)) if size.at_the_edge]
+    if edges:
+        span = f"{SMALLEST:.0e} to {LARGEST:.0e} parameters"
+        lines.append(f"  at the edge of what is looked at, {span}; the least may lie beyond: {', '.join(edges)}")
+    near = min(life.presets, key=lambda preset: abs(log(preset[1] / found.cheapest.parameters)), default=None)
     if near is not None:
         lines.append(f"  nearest at hand: model={near[0]} train.tokens={near[2]:.3g}")
     lines.append(f"  by {life.fit.source}: a fit to one data set and tokenizer, far from its runs an extrapolation")
@@ -136,7 +182,7 @@ def _life(life: Life) -> str:
 
 def _size(label: str, size: Size) -> str:
     return (
-        f"  {label:<22}{size.parameters:>11.3g} {size.tokens:>9.3g} {size.tokens_per_parameter:>11.0f} "
+        f"  {label:<22}{size.parameters:>11.3g} {size.tokens:>9.3g} {_figure(size.tokens_per_parameter):>11} "
         f"{size.training:>10.3g} {size.serving:>10.3g} {size.cost:>10.3g}"
     )
 
@@ -154,7 +200,7 @@ def draw(life: Life, path: str) -> None:
     axes.plot(sizes, [size.cost for size in found.curve], color="black", label="both")
     axes.plot(sizes, [size.training for size in found.curve], color="tab:blue", label="training")
     axes.plot(sizes, [size.serving for size in found.curve], color="tab:orange", label="serving")
-    for label, size, marker in (("least in all", found.cheapest, "o"), ("Chinchilla's optimum", found.chinchilla, "s")):
+    for label, size, marker in ((CHEAPEST, found.cheapest, "o"), (CHINCHILLA, found.chinchilla, "s")):
         told = f"{label}: {size.parameters / 1e9:.3g}B on {size.tokens / 1e12:.3g}T tokens"
         axes.plot([size.parameters], [size.cost], marker=marker, linestyle="none", color="black", label=told)
     axes.set(xscale="log", xlabel="parameters", ylabel=f"cost, {life.unit}", ylim=(0, 2.5 * found.chinchilla.cost))
@@ -163,7 +209,7 @@ def draw(life: Life, path: str) -> None:
     axes.set_xticks([], minor=True)
     axes.set_xlim(min(sizes), max(sizes))
     axes.set_title(f"Loss {found.loss:.3f}, {life.served:.3g} tokens served ({life.fit.source})", fontsize=9)
-    axes.legend(fontsize=9)
+    axes.legend(fontsize=9, loc="upper center")  # where the curves are low
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:
