@@ -43,7 +43,7 @@ test-all: $(TESTABLE)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not benchmark" tests
 
 drills: $(TESTABLE)
-	$(RUN) -m pytest --drills=$(if $(SAMPLE),sample,full) tests
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --drills=$(if $(SAMPLE),sample,full) tests
 
 verify: $(INSTALLED)
 	$(RUN) -m llamatrain.verify
