@@ -10,9 +10,11 @@ docs/evaluation.md describes the tasks and where their files lie.
 """
 
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,15 +28,19 @@ if TYPE_CHECKING:
     from llamatrain.evaluation.task import Conditions, Task
     from llamatrain.scorer import Opened
 
-SHORT_NAME = 60  # characters of a file's name made of tasks
+SHORT_NAME = 60  # characters of a file's name made of tasks; the last of a longer one are
+SHORT_HASH = 8  # of its SHA-256
 
 
 def run(settings: EvaluateConfig) -> None:
     """Evaluate, write the results, print them."""
     check_evaluate(settings)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("llamatrain").setLevel(logging.INFO)
+    from llamatrain.checkpoint.commit import find_checkpoint
     from llamatrain.evaluation.catalogue import load_suite, load_tasks
     from llamatrain.evaluation.result_files import results_content
-    from llamatrain.evaluation.runner import available, notes
+    from llamatrain.evaluation.runner import available, look_through
     from llamatrain.evaluation.tables import choose, paper_table, plain_table, table_content
     from llamatrain.evaluation.task import Conditions
     from llamatrain.process import this_process
@@ -64,20 +70,26 @@ def run(settings: EvaluateConfig) -> None:
             raise DataError("; ".join(f"{task}: {reason}" for task, reason in skipped.items()))
         for task, reason in skipped.items():
             print(f"not run: {task} ({reason})", file=sys.stderr)
+        for one in runnable:
+            if one.other_shots:
+                print(f"{one.name}: {one.other_shots}", file=sys.stderr)
+        find_checkpoint(Path(str(settings.checkpoint)))  # what is wrong is said before the model is loaded
+        look_through(runnable, data, conditions)
     facts, results = evaluate(settings, runnable, data, conditions)
     if not conditions.leads:
         return
-    told = notes(runnable, results)
+    told = {task: result.note for task, result in results.items() if result.note}
     shown = {name: table for name, table in tables.items() if set(table.tasks()) & {task.name for task in tasks}}
     if settings.format == "json":
-        content = results_content(results, {**facts, "skipped": skipped, "notes": told})
+        content = results_content(results, {**facts, "skipped": skipped})
         content["tables"] = {name: table_content(table, results) for name, table in shown.items()}
         print(json.dumps(content, indent=1, ensure_ascii=False))
         return
     for table in shown.values():
         print(paper_table(table, results, skipped, model=facts["label"], notes=told))
     named = {task for table in shown.values() for task in table.tasks()}
-    print(plain_table(results, {task: reason for task, reason in skipped.items() if task not in named}))
+    elsewhere = ({task: said for task, said in about.items() if task not in named} for about in (skipped, told))
+    print(plain_table(results, *elsewhere))
 
 
 def evaluate(
@@ -87,7 +99,7 @@ def evaluate(
 
     They are written after each task too: with resume=true, a call that was broken off goes on from there.
     """
-    from llamatrain.evaluation.result_files import read_results, write_results
+    from llamatrain.evaluation.result_files import take_over, write_results
     from llamatrain.evaluation.runner import run_tasks
     from llamatrain.scorer import open_scorer
 
@@ -106,7 +118,11 @@ def evaluate(
         run_directory = opened.checkpoint.parent.parent
         folder = Path(settings.output) if settings.output else run_directory / "evaluations" / opened.checkpoint.name
         name = settings.name or _name(settings, tasks)
-        results = opened.world.decide(lambda: read_results(folder, name, facts) if settings.resume else {})
+        results, facts = opened.world.decide(
+            lambda: take_over(folder, name, facts, resume=settings.resume, overwrite=settings.overwrite)
+        )
+        if results and conditions.leads:
+            print(f"taken over from {folder / name}.json: {', '.join(results)}", file=sys.stderr)
 
         def keep(task: str, result: "TaskResult") -> None:
             results[task] = result
@@ -125,8 +141,9 @@ def evaluate(
 
 def _facts(settings: EvaluateConfig, tasks: "Sequence[Task]", data: Path, opened: "Opened") -> dict[str, Any]:
     """What the results are made of."""
-    from llamatrain.evaluation.result_files import files_of
+    from llamatrain.evaluation.result_files import HARNESS, files_of
 
+    harness = {f"{HARNESS}{task}": {"shots": settings.shots} for task in settings.harness}
     return {
         "step": opened.step,
         "tokens": opened.tokens,
@@ -137,8 +154,8 @@ def _facts(settings: EvaluateConfig, tasks: "Sequence[Task]", data: Path, opened
         "precision": settings.precision,
         "seed": settings.seed,
         "max_questions": settings.max_questions,
-        "settings": {task.name: asdict(task.settings) for task in tasks},
-        "files": files_of(tasks, data),
+        "settings": {**{task.name: asdict(task.settings) for task in tasks}, **harness},
+        "files": {**files_of(tasks, data), **{task: {} for task in harness}},
     }
 
 
@@ -169,7 +186,9 @@ def _name(settings: EvaluateConfig, tasks: "Sequence[Task]") -> str:
     if settings.suite:
         return Path(settings.suite).stem
     name = "_".join([*(task.name for task in tasks), *(f"harness.{Path(task).stem}" for task in settings.harness)])
-    return name if len(name) <= SHORT_NAME else "tasks"
+    if len(name) <= SHORT_NAME:
+        return name
+    return f"{name[: SHORT_NAME - SHORT_HASH - 1]}-{sha256(name.encode()).hexdigest()[:SHORT_HASH]}"
 
 
 def _versions() -> dict[str, str]:

@@ -70,14 +70,18 @@ class Evaluator:
         If `keep_going`, asked again and again, says no, which it must on all ranks, what was not finished stays due.
         """
         step: int = where["step"]
-        if self._validation_due(step) and self._validate(model, loss, where, records, keep_going):
+        if self._validation_due(step):
+            if not self._validate(model, loss, where, records, keep_going):
+                return
             self._validated_step = step
         if self._tasks_due(step):
             with answering(model):
                 scores = self.tasks.scores(model, keep_going=keep_going)
-            if scores is not None:
+            if scores is None:
+                return
+            if scores:
                 records.write(where, scores)
-                self._tested_step = step
+            self._tested_step = step
 
     def _validate(
         self, model: Llama, loss: Forward, where: Record, records: RunRecords, keep_going: Callable[[], bool]
@@ -92,6 +96,7 @@ class Evaluator:
                 samples = self.samples.write(model, keep_going=keep_going)
             if samples is None:
                 return False
-            records.write_samples(where, samples)
+            if samples:
+                records.write_samples(where, samples)
         records.write(where, scores)
         return True

@@ -21,7 +21,7 @@ from llamatrain.evaluation import latex_answers, sandbox
 from llamatrain.evaluation.catalogue import load_task
 from llamatrain.evaluation.results import TaskResult
 from llamatrain.evaluation.runner import available, run_tasks
-from llamatrain.evaluation.scoring import Generation, Likelihood, LikelihoodScore
+from llamatrain.evaluation.scoring import Generation, Likelihood, LikelihoodScore, cut
 from llamatrain.evaluation.task import Conditions
 from llamatrain.evaluation.tasks import code, mathematics, winogender
 from tests.real_text import shared_data
@@ -38,6 +38,7 @@ class FakeScorer:
     likelihood: Callable[[Likelihood], float] = lambda request: -1.0
     write: Callable[[Generation, int], str] = lambda request, sample: ""
     asked: list[Any] = field(default_factory=list)
+    shortened: int = 0
 
     def likelihoods(self, requests: Sequence[Likelihood], *, description: str = "") -> list[LikelihoodScore]:
         self.asked += requests
@@ -215,9 +216,7 @@ def test_every_canonical_solution_of_human_eval_passes() -> None:
     asked = code.load(task, path)
     assert len(asked) == 164
     wrong = [["    pass\n"] if place < 16 else [] for place in range(164)]
-    verdicts = code.judge(
-        task, asked, [[code.cut(a.solution, task.stop), *w] for a, w in zip(asked, wrong, strict=True)]
-    )
+    verdicts = code.judge(task, asked, [[cut(a.solution, task.stop), *w] for a, w in zip(asked, wrong, strict=True)])
     assert [
         (one.place, found[0].reason) for one, found in zip(asked, verdicts, strict=True) if not found[0].passed
     ] == []
@@ -236,10 +235,36 @@ def test_every_canonical_solution_of_human_eval_passes() -> None:
         ("It is 12.", None),
         ("Q: How many? A: The answer is 7.", None),
         ("The answer is five.", None),
+        ("5 a day.\n\nSo 10 in all. The answer is 10.", "10"),
+        ("The answer is 18", "18"),
     ],
 )
 def test_a_word_problems_answer_is_what_follows_the_phrase(written: str, answer: str | None) -> None:
     assert mathematics.extract(load_task("gsm8k").settings, written) == answer
+
+
+HOPE = "I hope it is correct"
+
+
+@pytest.mark.parametrize(
+    ("written", "answer"),
+    [
+        (f"\nSo $5$.\nFinal Answer: The final answer is $5$. {HOPE}.", "$5$"),
+        (
+            f"Final Answer: The final answer is 0.5. {HOPE}.\n\nProblem:\nFinal Answer: The final answer is 6. {HOPE}.",
+            "0.5",
+        ),
+        (f"The final answer is $5$. {HOPE}.", None),
+        (f"Final Answer: The final answer is\n$5$. {HOPE}.", None),
+        ("Final Answer: The final answer is $12", None),  # what is cut off may be the beginning of $125$
+        ("Final Answer: The final answer is $12$.", None),
+        ("Final Answer: The final answer is $12$. ", "$12$"),
+        ("Final Answer: The final answer is $12$.\n\nProblem:", None),
+    ],
+)
+def test_a_problems_final_answer_is_found_where_the_harness_finds_it(written: str, answer: str | None) -> None:
+    """Its minerva_math finds the same in these."""
+    assert mathematics.extract(load_task("math").settings, written) == answer
 
 
 def test_gsm8k_is_asked_with_eight_examples_and_a_vote(tmp_path: Path) -> None:
@@ -292,6 +317,9 @@ def test_most_frequent_takes_the_earliest_of_equals_and_none_does_not_vote() -> 
         (r"2\sqrt{3}", r"\sqrt{12}"), (r"50\%", "50"), (r"\$3.50", "3.5"), (r"1\frac{1}{2}", r"\frac32"),
         (r"\text{Monday}", "Monday"), (r"-\frac{2}{3}", r"\frac{-2}{3}"), (".5", "1/2"), (r"x \in [1,2)", "[1,2)"),
         (r"3\text{ and }4", "3,4"), (r"2\pi", r"\pi\cdot2"), (r"\sqrt[3]{8}", "2"), (r"10 \text{ feet}", "10"),
+        (r"x^{2}+1", "x^2 + 1"), ("x+1", "1+x"), ("(x-2)(x+2)", "x^2-4"), (r"\frac{x}{2}", r"\frac12x"), ("(C)", "C"),
+        ("3-4i", "-4i+3"), (r"2\frac{x}{3}", r"\frac{2x}{3}"), ("4210_{5}", "4210_5"), ("y = 2x+3", r"3+2\cdot x"),
+        ("0", "-0"),
         (r"\mathrm{cm}", "cm"), ("2^{10}", "1024"), (r"$x = \frac{1}{2}$", ".5"), ("12345678901", "12,345,678,901"),
     ],
 )  # fmt: skip
@@ -302,7 +330,9 @@ def test_answers_that_say_the_same_are_equal(one: str, other: str) -> None:
 @pytest.mark.parametrize(
     ("one", "other"),
     [
-        ("1", "2"), ("(1,2)", "(2,1)"), ("[1,2)", "[1,2]"), ("x+1", "x+2"), ("", ""), ("9^9^9^9", "1"), ("0,1", "01"),
+        ("1", "2"), ("(1,2)", "(2,1)"), ("[1,2)", "[1,2]"), ("x+1", "x+2"),
+        ("x+1", "y+1"), ("x^2", "2x"), ("even", "neve"), ("A", "B"), ("3i", "3"), (r"2\frac13", r"\frac23"), ("x", "X"),
+        ("1011_2", "1011"), ("", ""), ("9^9^9^9", "1"), ("0,1", "01"),
         ("(" * 5000, "1"), (r"\frac{1}{0}", "1"), ("12", "1,2"), ("(-1)^{0.5}", "1"), ("12345678901", "12345678902"),
         (r"\frac12", "12"), ("0^{-1}", "0"), ("-3", "3"), (r"\sqrt{-1}", "1"), ("2-", "2"),
     ],

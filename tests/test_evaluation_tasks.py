@@ -10,7 +10,7 @@ import sys
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -28,14 +28,14 @@ from llamatrain.evaluation.catalogue import built_in, load_suite, load_task, loa
 from llamatrain.evaluation.model_scorer import ModelScorer
 from llamatrain.evaluation.question_files import read_questions, read_tables
 from llamatrain.evaluation.results import TaskResult
-from llamatrain.evaluation.runner import available, metrics_record, notes, run_tasks
-from llamatrain.evaluation.scoring import Generation, Likelihood, LikelihoodScore, Scorer
+from llamatrain.evaluation.runner import available, look_through, metrics_record, note, run_tasks
+from llamatrain.evaluation.scoring import Generation, Likelihood, LikelihoodScore, NotFinite, Scorer, cut
 from llamatrain.evaluation.statistics import Z95, mean, ratio, share, wilson_interval
 from llamatrain.evaluation.tables import markdown, paper_table, published
 from llamatrain.evaluation.task import Conditions
 from llamatrain.evaluation.tasks.examples import draw
 from llamatrain.evaluation.tasks.mmlu import GROUP_OF
-from llamatrain.evaluation.tasks.question_answering import cut, is_right, normalised
+from llamatrain.evaluation.tasks.question_answering import is_right, normalised
 from llamatrain.tokenizer import Tokenizer
 from tests.real_text import REPOSITORY, shared_data
 from tests.small_run import small_config, train_in_process
@@ -49,6 +49,7 @@ class FakeScorer:
     likelihood: Callable[[Likelihood], float] = lambda request: -1.0
     write: Callable[[Generation], str] = lambda request: ""
     asked: list[Any] = field(default_factory=list)
+    shortened: int = 0
     device: str = "cpu"
 
     def likelihoods(self, requests: Sequence[Likelihood], *, description: str = "") -> list[LikelihoodScore]:
@@ -102,6 +103,7 @@ RAIN, RED, SLEPT = (
 )
 PASSAGE = {"query": "Passage: Rain falls.\nQuestion: is it wet?", "choices": ["no", "yes"], "gold": 1}
 WRITTEN = {"query": "Question: What is red?", "choices": ["sky", "blood"], "gold": 1}
+BROKEN_OFF = {**WRITTEN, "query": "Question: What is red?\n"}  # as llm-foundry's PIQA and ARC-Challenge have it
 ENDINGS = [" [step] eats.", "waits. ", "[title]runs", "x  y"]
 PROMPTS = [
     ("boolq", "boolq/dev.jsonl", BOOLQ, RAIN, [" no", " yes"], 1),
@@ -126,6 +128,8 @@ PROMPTS = [
     ("arc_easy", "arc_easy/ARC-Easy-Test.jsonl", STEM, RED, [" sky", " blood"], 1),
     ("arc_challenge", "arc_challenge/test.jsonl", {"question": "What is red?", **HUB}, RED, [" sky", " blood"], 1),
     ("arc_easy", "arc_easy/arc_easy.jsonl", WRITTEN, RED, [" sky", " blood"], 1),
+    ("arc_challenge", "arc_challenge/arc_challenge.jsonl", BROKEN_OFF, RED, [" sky", " blood"], 1),
+    ("piqa", "piqa/piqa.jsonl", BROKEN_OFF, RED, [" sky", " blood"], 1),
     ("openbookqa", "openbookqa/test.jsonl", STEM, "What is red?", [" sky", " blood"], 1),
     (
         "openbookqa",
@@ -157,6 +161,14 @@ def test_a_set_in_each_of_its_formats_is_asked_as_the_paper_asks(
     assert asked == [Likelihood(context, text) for text in continuations]
     assert result.items[0]["gold"] == gold
     assert result.items[0]["log_probabilities"][gold] == 0.0
+
+
+def test_another_task_on_the_same_questions_is_not_taken_for_the_set(tmp_path: Path) -> None:
+    """llm-foundry's SIQA has two answers in the prompt and asks for a letter."""
+    lettered = {"query": "Context: …\nChoices:\nA. rested\nB. sad\nAnswer:", "choices": ["A", "B"], "gold": 0}
+    put(tmp_path / "siqa" / "siqa.jsonl", lines(lettered))
+    with pytest.raises(DataError, match=r"siqa\.jsonl, line 1: of no known format"):
+        result_of("siqa", tmp_path, FakeScorer())
 
 
 def test_labels_in_a_file_of_their_own_are_taken_and_must_be_as_many(tmp_path: Path) -> None:
@@ -373,13 +385,22 @@ def test_mmlu_of_the_hub_is_asked_the_same(tmp_path: Path) -> None:
     assert [item["gold"] for item in first.items] == [item["gold"] for item in second.items] == ["B"]
 
 
-def test_mmlu_has_57_subjects_in_the_groups_of_the_paper() -> None:
-    """Counts of table 16."""
+def test_mmlu_has_57_subjects_in_its_authors_groups() -> None:
     groups = list(GROUP_OF.values())
     assert {group: groups.count(group) for group in groups} == {
-        "stem": 19, "humanities": 13, "social_sciences": 12, "other": 13,
+        "stem": 18, "humanities": 13, "social_sciences": 12, "other": 14,
     }  # fmt: skip
-    assert GROUP_OF["anatomy"] == "stem"
+    assert GROUP_OF["anatomy"] == "other"
+
+
+def test_the_papers_mmlu_averages_are_those_of_all_questions_in_these_groups() -> None:
+    """Neither their mean nor groups with anatomy (135 questions) in STEM give them. PaLM's rows are others' numbers."""
+    questions = {"Humanities": 4705, "STEM": 3018, "Social Sciences": 3077, "Other": 3242}
+    table = published()["mmlu"]
+    assert list(table.columns) == [*questions, "Average"]
+    for *groups, average in [row for model, row in table.rows.items() if not model.startswith("PaLM")]:
+        weighted = sum(n * share for n, share in zip(questions.values(), groups, strict=True))
+        assert weighted / sum(questions.values()) == pytest.approx(average, abs=0.1)
 
 
 def test_perplexity_and_bits_per_byte_are_of_each_source_and_of_all(tmp_path: Path) -> None:
@@ -409,6 +430,33 @@ def test_token_shards_are_scored_as_the_texts_they_were_made_of(
     shards = manifest["splits"]["validation"]
     assert len(result.items) == sum(shard["documents"] for shard in shards)
     assert sum(item["bytes"] for item in result.items) == sum(shard["text_bytes"] for shard in shards)
+
+
+def test_sources_are_called_by_their_links(tiny_dataset: Callable[..., Path], tmp_path: Path) -> None:
+    documents = tmp_path / "documents"
+    documents.mkdir()
+    for name in ("books", "c4"):
+        texts = [f"{name} {number}, and more. " * 9 for number in range(20)]
+        made = tiny_dataset(name, texts, tmp_path / name / "shards", validation_fraction=0.3)
+        (documents / name).symlink_to(made)
+    found = result_of("perplexity", tmp_path, FakeScorer(lambda request: -1.0)).metrics
+    assert {"perplexity.books", "perplexity.c4"} <= set(found)
+    put(documents / "books.txt", "one")
+    with pytest.raises(DataError, match=r"books and books\.txt are both called books: rename one"):
+        result_of("perplexity", tmp_path, FakeScorer())
+    tiny_dataset("few", ["one two three. " * 9] * 3, tmp_path / "few")
+    task = load_task("perplexity", files={"documents": str(tmp_path / "few")})
+    with pytest.raises(DataError, match=r"few: its split validation has no tokens, or there is none; .* are train; "):
+        look_through([task], tmp_path, Conditions())
+
+
+def test_labels_that_are_missing_or_wrong_are_said_to_be(tmp_path: Path) -> None:
+    put(tmp_path / "piqa" / "valid.jsonl", lines(PIQA))
+    with pytest.raises(DataError, match=r"valid\.jsonl, line 1: there is no field label, and no file of labels"):
+        result_of("piqa", tmp_path, FakeScorer())
+    put(tmp_path / "piqa" / "valid-labels.lst", "2\n")
+    with pytest.raises(DataError, match=r"valid-labels\.lst, line 1: field label is '2', and must be one of 0, 1"):
+        result_of("piqa", tmp_path, FakeScorer())
 
 
 MALFORMED = [
@@ -593,6 +641,17 @@ def test_shots_are_set_for_all_tasks_that_have_some() -> None:
     assert (piqa.changed, perplexity.changed) == ({"shots": 3}, {})
 
 
+def test_a_task_that_cannot_have_so_many_shots_keeps_its_own(tmp_path: Path) -> None:
+    piqa, math_, perplexity = load_tasks(["piqa", "math", "perplexity"], shots=5)
+    assert (piqa.settings.shots, math_.settings.shots) == (5, 4)
+    assert not piqa.other_shots and not perplexity.other_shots
+    assert note(math_, TaskResult({})).endswith(
+        "keeps shots=4 (task math: shots=5: must be from 0 to 4, the number of examples)"
+    )
+    with pytest.raises(ConfigError, match="task math: shots=5: must be from 0 to 4"):
+        load_tasks(["math", "perplexity"], shots=5)
+
+
 def test_a_description_without_sense_is_refused(tmp_path: Path) -> None:
     for text, message in (
         ("kind: chess\n", r"kind='chess' is none; choose one of"),
@@ -612,8 +671,10 @@ def test_a_missing_set_is_named_and_the_others_are_run(tmp_path: Path) -> None:
     assert [task.name for task in runnable] == ["boolq"]
     assert skipped == {"piqa": f"no file: {tmp_path / 'piqa' / 'valid.jsonl'}"}
     results = run_tasks(runnable, FakeScorer(), data=tmp_path)
-    told = notes(runnable, results)
+    told = {"boolq": results["boolq"].note}
     assert told == {"boolq": "3 of 3,270 questions"}
+    results["boolq"].shortened = 2
+    assert note(runnable[0], results["boolq"]) == "3 of 3,270 questions, 2 prompts cut to the model's length"
     assert metrics_record(results)["eval/boolq/accuracy"] == 0.0
     text = paper_table(published()["common_sense"], results, skipped, model="mine", notes=told)
     header, *_, row = [line for line in text.splitlines() if line.startswith("|")]
@@ -643,6 +704,7 @@ def opened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeScorer:
         step = Path(checkpoint) / "checkpoints" / "step-00000500"
         yield SimpleNamespace(scorer=scorer, step=500, tokens=1_000_000, checkpoint=step, world=World())
 
+    put(tmp_path / "run" / "checkpoints" / "step-00000500" / "checkpoint.json", "{}")
     module = ModuleType("llamatrain.scorer")
     module.open_scorer = open_scorer  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "llamatrain.scorer", module)
@@ -703,36 +765,125 @@ def test_json_is_one_document_with_the_tables(
 
 
 def test_what_is_done_is_on_disk_when_a_later_task_fails(opened: FakeScorer, tmp_path: Path) -> None:
-    put(tmp_path / "data" / "openbookqa" / "test.jsonl", "{}\n")
-    with pytest.raises(DataError, match="of no known format"):
-        evaluate.run(command(tmp_path, tasks=["boolq", "openbookqa"], name="mine"))
+    def fail(request: Likelihood) -> float:
+        if "Boil" in request.context:
+            raise NotFinite("no finite log-likelihood")
+        return -1.0
+
+    opened.likelihood = fail
+    with pytest.raises(NotFinite, match="task piqa: no finite log-likelihood"):
+        evaluate.run(command(tmp_path, tasks=["boolq", "piqa"], name="mine"))
     content = json.loads((tmp_path / "run" / "evaluations" / "step-00000500" / "mine.json").read_text())
     assert list(content["tasks"]) == ["boolq"]
 
 
-def test_a_call_that_was_broken_off_goes_on_with_what_was_asked_the_same(opened: FakeScorer, tmp_path: Path) -> None:
+def test_a_call_that_was_broken_off_goes_on_with_what_was_asked_the_same(
+    opened: FakeScorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def asked(**settings: Any) -> int:
         opened.asked.clear()
         evaluate.run(command(tmp_path, tasks=["boolq", "piqa"], name="mine", **settings))
         return len(opened.asked)
 
     boolq, piqa = 3 * 2 + 2, 2
+    goals = property(lambda self: sum(request.context.startswith("Question:") for request in self.asked) // 2)
+    monkeypatch.setattr(FakeScorer, "shortened", goals)
     both = asked()
     assert both == boolq + piqa
     folder = tmp_path / "run" / "evaluations" / "step-00000500"
     before = [path.read_bytes() for path in sorted(folder.iterdir())]
     assert asked() == both
     assert asked(resume=True) == 0
+    assert json.loads((folder / "mine.json").read_text())["shortened"] == {"piqa": 1}
     assert [path.read_bytes() for path in sorted(folder.iterdir())] == before
-    assert asked(resume=True, task_settings={"boolq": {"normalise": "none"}}) == boolq - 2
-    assert asked(resume=True, seed=1) == both
+    otherwise: dict[str, Any] = {"task_settings": {"boolq": {"normalise": "none"}}, "resume": True}
+    with pytest.raises(ConfigError, match=r"boolq with normalise=answer_context instead of none\)"):
+        asked(**otherwise)
+    assert asked(**otherwise, overwrite=True) == boolq - 2
+    with pytest.raises(ConfigError, match=r"\(seed 0 instead of 1; boolq with normalise=none instead of answer_cont"):
+        asked(resume=True, seed=1)
+    assert asked(resume=True, seed=1, overwrite=True) == both
     put(tmp_path / "data" / "piqa" / "valid.jsonl", lines({**PIQA, "label": 1}))
-    assert asked(resume=True, seed=1) == piqa
-    (folder / "mine.json").write_text("{}")
-    assert asked(resume=True, seed=1) == both
-    (folder / "mine.json").write_text("{")
-    with pytest.raises(DataError, match=r"mine\.json: no results to go on from .* set resume=false"):
-        asked(resume=True)
+    with pytest.raises(ConfigError, match=r"piqa with files of other contents"):
+        asked(resume=True, seed=1)
+    assert asked(resume=True, seed=1, overwrite=True) == piqa
+    for text in ("{}", "{"):
+        (folder / "mine.json").write_text(text)
+        with pytest.raises(DataError, match=r"mine\.json: no results to go on from .* set overwrite=true"):
+            asked(resume=True, seed=1)
+    assert asked(resume=True, seed=1, overwrite=True) == both
+
+
+def test_what_is_wrong_is_said_before_the_model_is_loaded(
+    opened: FakeScorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "llamatrain.scorer", None)
+    put(tmp_path / "data" / "openbookqa" / "test.jsonl", "{}\n")
+    with pytest.raises(DataError, match="of no known format"):
+        evaluate.run(command(tmp_path, tasks=["boolq", "openbookqa"]))
+    with pytest.raises(ConfigError, match=r"task piqa: shots=1: there are but 1 examples to draw from"):
+        evaluate.run(command(tmp_path, tasks=["piqa"], shots=1))
+    with pytest.raises(ConfigError, match=r"checkpoint=.*nowhere: there is no such directory"):
+        evaluate.run(replace(command(tmp_path, tasks=["piqa"]), checkpoint=str(tmp_path / "nowhere")))
+    assert not opened.asked
+
+
+def test_what_is_asked_otherwise_is_said_below_the_table(
+    opened: FakeScorer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(tmp_path / "data" / "documents" / "a.jsonl", lines({"text": "one two"}, {"text": "three"}))
+    put(tmp_path / "data" / "gsm8k" / "test.jsonl", lines({"question": "?", "answer": "#### 1"}))
+    evaluate.run(command(tmp_path, tasks=["boolq", "perplexity", "gsm8k"], max_questions=1, shots=2))
+    out = capsys.readouterr().out
+    assert "\n- boolq: 1 of 3,270 questions, shots=2\n" in out
+    assert "\n- perplexity: max_questions=1\n" in out
+    put(tmp_path / "data" / "boolq" / "dev.jsonl", lines(*[BOOLQ] * 12))
+    evaluate.run(command(tmp_path, tasks=["boolq", "gsm8k"], shots=9))
+    shown = capsys.readouterr()
+    kept = "gsm8k: {}keeps shots=8 (task gsm8k: shots=9: must be from 0 to 8"
+    assert kept.format("") in shown.err and kept.format("1 of 1,319 questions, ") in shown.out
+
+
+def test_results_that_were_asked_otherwise_are_not_lost_unasked(
+    opened: FakeScorer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def tasks_of(**settings: Any) -> list[str]:
+        evaluate.run(command(tmp_path, **settings))
+        folder = tmp_path / "run" / "evaluations" / "step-00000500"
+        content = json.loads((folder / f"{settings.get('suite', 'piqa')}.json").read_text())
+        assert set(content["tasks"]) == set(content["settings"]) == set(content["files"])
+        items = (folder / f"{settings.get('suite', 'piqa')}.items.jsonl").read_text().split("\n")[:-1]
+        assert {json.loads(line)["task"] for line in items} == set(content["tasks"])
+        return list(content["tasks"])
+
+    put(
+        tmp_path / "data" / "boolq" / "dev.jsonl", json.dumps({**BOOLQ, "passage": "a\u2028b\x85c"}, ensure_ascii=False)
+    )
+    assert tasks_of(suite="llama_paper", tasks=["boolq"]) == ["boolq"]
+    with pytest.raises(ConfigError, match=r"llama_paper\.json: .*boolq: not asked for now \(resume=true keeps it\)"):
+        tasks_of(suite="llama_paper", tasks=["piqa"])
+    capsys.readouterr()
+    assert tasks_of(suite="llama_paper", tasks=["piqa"], resume=True) == ["boolq", "piqa"]
+    shown = capsys.readouterr()
+    assert "llama_paper.json: boolq\n" in shown.err
+    assert "- boolq: 1 of 3,270 questions\n- piqa: " in shown.out
+    assert tasks_of(suite="llama_paper", tasks=["piqa"], overwrite=True) == ["piqa"]
+    for _ in range(2):
+        assert tasks_of(tasks=["piqa"]) == ["piqa"]
+    for other, told in (
+        ({"max_questions": 5}, r"max_questions None instead of 5\)"),
+        ({"precision": "bf16"}, r"precision auto instead of bf16\)"),
+        ({"task_settings": {"piqa": {"normalise": "none"}}}, r"piqa with normalise=characters instead of none\)"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            tasks_of(tasks=["piqa"], **other)
+
+
+def test_a_file_of_many_tasks_has_a_name_of_its_own() -> None:
+    names = sorted(built_in("tasks"))
+    found = [evaluate._name(EvaluateConfig(), load_tasks(some)) for some in (names, names[:-1], names[:2])]
+    assert found[2] == "arc_challenge_arc_easy"
+    assert len(set(found)) == 3 and all(len(name) <= 60 for name in found)
 
 
 def test_no_set_at_all_or_a_strict_run_is_an_error(opened: FakeScorer, tmp_path: Path) -> None:

@@ -108,6 +108,115 @@ def test_both_choose_the_same_answer_to_every_question(
         assert bool(sample["acc_norm"]) == item["right"]
 
 
+# Sets in the hub's form, which both read: the harness by its own definitions, under lm_eval/tasks.
+SIDES = {"choices": {"text": ["sky", "blood"], "label": ["A", "B"]}, "answerKey": "B"}
+BLANK = {"sentence": "Tom saw Jim because _ was  tall.", "option1": "Tom", "option2": "Jim", "answer": "2"}
+SCENE = {"activity_label": "Baking", "ctx_a": "A cook [title] stirs.", "ctx_b": "then She", "label": "1"}
+SLEPT = {"context": "Ann slept.", "question": "How is she?", "answerA": "rested", "answerB": "sad", "answerC": "up"}
+LETTERS = [{"question": f"Is {n} even?", "subject": "anatomy", "choices": list("abcd"), "answer": n} for n in range(4)]
+TRUTH = {
+    "question": "Is it?",
+    "mc1_targets": {"choices": ["Yes.", "No.", "Never."], "labels": [1, 0, 0]},
+    "mc2_targets": {"choices": ["Yes.", "Sure.", "No."], "labels": [1, 1, 0]},
+}
+RAIN = {"passage": "It rains.", "question": "is it wet", "label": 1}
+BOIL = {"goal": "Boil it. ", "sol1": "Heat it. ", "sol2": "Cool", "label": 0}
+ENDINGS = [" [step] eats.", "waits. ", "x  y"]
+OWN_DEFINITIONS = [
+    ("boolq", "super_glue/boolq/default.yaml", "boolq/val.jsonl", [RAIN]),
+    ("piqa", "piqa/piqa.yaml", "piqa/validation.jsonl", [BOIL]),
+    ("siqa", "siqa/siqa.yaml", "siqa/validation.jsonl", [{**SLEPT, "label": "3"}]),
+    ("hellaswag", "hellaswag/hellaswag.yaml", "hellaswag/val.jsonl", [{**SCENE, "endings": ENDINGS}]),
+    ("winogrande", "winogrande/default.yaml", "winogrande/validation.jsonl", [BLANK, {**BLANK, "answer": "1"}]),
+    ("arc_easy", "arc/arc_easy.yaml", "arc_easy/test.jsonl", [{"question": "What is red?", **SIDES}]),
+    ("openbookqa", "openbookqa/openbookqa.yaml", "openbookqa/test.jsonl", [{"question_stem": "Red is", **SIDES}]),
+    ("truthful_qa", "truthfulqa/truthfulqa_mc1.yaml", "truthfulqa/validation.jsonl", [TRUTH]),
+    ("truthful_qa", "truthfulqa/truthfulqa_mc2.yaml", "truthfulqa/validation.jsonl", [TRUTH]),
+    ("mmlu", "mmlu/default/mmlu_anatomy.yaml", "mmlu/test.jsonl", LETTERS),
+    ("gsm8k", "gsm8k/gsm8k-cot.yaml", "gsm8k/test.jsonl", [{"question": "1 + 1?", "answer": "It is 2.\n#### 2"}]),
+]
+# what a metric of the harness's is called here
+CALLED = {
+    "acc,none": "accuracy_none", "acc_norm,none": "accuracy_characters", "exact_match,strict-match": "exact_match",
+    "truthfulqa_mc1": "mc1", "truthfulqa_mc2": "mc2", "mmlu_anatomy": "accuracy",
+}  # fmt: skip
+
+
+class Noting:
+    """A scorer that notes what it is asked."""
+
+    def __init__(self, scorer: ModelScorer) -> None:
+        self.scorer, self.shortened = scorer, 0
+        self.asked: list[tuple[str, str]] = []
+
+    def likelihoods(self, requests: Any, *, description: str = "") -> Any:
+        self.asked += [(request.context, request.continuation) for request in requests if request.context != "Answer:"]
+        return self.scorer.likelihoods(requests)
+
+    def generations(self, requests: Any, **settings: Any) -> Any:
+        self.asked += [(request.context, request.stop[0]) for request in requests]
+        return self.scorer.generations(requests, **settings)
+
+    def document_likelihoods(self, texts: Any, *, description: str = "") -> Any:
+        raise NotImplementedError
+
+
+def asked_by_the_harness(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Context and continuation, or first stop, of all requests; of a question with several metrics once."""
+    arguments = {sample["doc_id"]: sample["arguments"] for sample in found["samples"]["own"]}
+    pairs = [pair for of_question in arguments.values() for pair in of_question]
+    return [(first, second if isinstance(second, str) else second["until"][0]) for first, second in pairs]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "definition", "file", "records"), OWN_DEFINITIONS, ids=[case[1] for case in OWN_DEFINITIONS]
+)
+def test_the_harnesss_own_definitions_ask_and_score_the_same(
+    name: str,
+    definition: str,
+    file: str,
+    records: list[dict[str, Any]],
+    scorer: ModelScorer,
+    tmp_path: Path,
+    offline: None,
+) -> None:
+    import lm_eval.tasks
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    from llamatrain.evaluation.harness_model import HarnessModel
+
+    questions = tmp_path / "sets" / file
+    questions.parent.mkdir(parents=True)
+    questions.write_text("".join(json.dumps(record) + "\n" for record in records))
+    splits = dict.fromkeys(("train", "validation", "test"), str(questions))
+    path = Path(lm_eval.tasks.__file__).parent / definition
+    own = {"include": str(path), "task": "own", "dataset_path": "json", "dataset_name": None}
+    if name == "mmlu":
+        splits["dev"] = str(questions.with_name("dev.jsonl"))
+        examples = [{**record, "question": f"Example {n}?"} for n, record in enumerate([*records, records[0]])]
+        Path(splits["dev"]).write_text("".join(json.dumps(example) + "\n" for example in examples))
+        own |= {"num_fewshot": 5}
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "own.yaml").write_text(yaml.safe_dump({**own, "dataset_kwargs": {"data_files": splits}}))
+
+    noting = Noting(scorer)
+    task = load_task(name, settings={"majority": {"samples": 0}} if name == "gsm8k" else {})
+    ours = run_tasks([task], noting, data=tmp_path / "sets")[name]
+    manager = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
+    theirs = simple_evaluate(HarnessModel(scorer), tasks=["own"], task_manager=manager, bootstrap_iters=0)
+    if name == "truthful_qa":  # two tasks there, one here
+        assert set(asked_by_the_harness(theirs)) < set(noting.asked)
+    else:
+        assert asked_by_the_harness(theirs) == noting.asked
+    scores = {key: value for key, value in theirs["results"]["own"].items() if key in CALLED}
+    assert scores
+    for key, value in scores.items():
+        called = CALLED[path.stem] if path.stem in CALLED else CALLED[key]
+        assert ours.metrics[called].value == pytest.approx(value, abs=1e-6)
+
+
 @pytest.mark.slow
 def test_the_harness_generates_and_measures_perplexity_too(scorer: ModelScorer, tmp_path: Path, offline: None) -> None:
     prompts = [{"context": f"def {name}(", "answer": ")"} for name in ("one", "two", "three")]

@@ -1,6 +1,7 @@
 """The scorer against the simplest one: each request alone, in one forward without a cache."""
 
 import dataclasses
+import math
 import random
 from collections.abc import Sequence
 from itertools import pairwise
@@ -17,7 +18,7 @@ from llamatrain.errors import ConfigError
 from llamatrain.evaluation import lockstep, model_scorer
 from llamatrain.evaluation.model_scorer import ModelScorer
 from llamatrain.evaluation.prefixes import KEPT_TOKENS, Piece, distinct_rows, group_bounds, plan
-from llamatrain.evaluation.scoring import Generation, Likelihood, LikelihoodScore
+from llamatrain.evaluation.scoring import Generation, Likelihood, LikelihoodScore, NotFinite
 from llamatrain.evaluation.tokens import Ending, encode_pair, pieces_of, room_for
 from llamatrain.model.init import init_weights
 from llamatrain.model.llama import Llama
@@ -296,6 +297,15 @@ def test_merged_continuations_are_counted(model: Llama, tokenizer: Tokenizer) ->
     assert scorer.merged == 1
 
 
+def test_contexts_that_lose_their_front_are_counted(model: Llama, tokenizer: Tokenizer) -> None:
+    scorer, long = scorer_of(model, tokenizer), "x = 1\n" * 200
+    scorer.likelihoods([Likelihood(long, " y"), Likelihood(long, " z"), Likelihood("x", " y"), Likelihood("x", long)])
+    scorer.document_likelihoods([long])
+    assert scorer.shortened == 1
+    scorer.generations([Generation(long, 5), Generation("x", 5)])
+    assert scorer.shortened == 2
+
+
 def test_writing_takes_at_most_half_of_a_models_length_from_a_context() -> None:
     context = list(range(30))
     assert room_for(context, 10, most=96) == (context, 10)
@@ -382,6 +392,22 @@ def test_nothing_is_asked_and_nothing_answered(model: Llama, tokenizer: Tokenize
 
 
 # ---------------------------------------------------------------------- limits
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_no_numbers_have_no_score(tokenizer: Tokenizer, value: float) -> None:
+    scorer = scorer_of(broken := built(), tokenizer)
+    with torch.no_grad():
+        broken.norm.weight.fill_(value)
+    with pytest.raises(
+        NotFinite, match=r"no finite log-likelihood .*Answer: it returns a list of the lines'.* weights"
+    ):
+        scorer.likelihoods(QUESTIONS)
+    with pytest.raises(NotFinite, match="no finite log-likelihood"):
+        scorer.document_likelihoods(["one two"])
+    for temperature in (0.0, 1.0):
+        with pytest.raises(NotFinite, match=r"no finite logits after 'a re': the model's weights are not finite"):
+            scorer.generations([Generation("a re", 5, temperature=temperature, samples=2)])
 
 
 def test_a_pipeline_is_refused(model: Llama, tokenizer: Tokenizer) -> None:

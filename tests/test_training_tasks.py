@@ -13,6 +13,7 @@ from llamatrain.distributed import World
 from llamatrain.errors import ConfigError, DataError
 from llamatrain.evaluation.lockstep import Interrupted
 from llamatrain.evaluation.model_scorer import ModelScorer
+from llamatrain.evaluation.scoring import NotFinite
 from llamatrain.parallel.answering import answering
 from llamatrain.resilience.control import StopRequest
 from llamatrain.session import run, run_on
@@ -145,6 +146,52 @@ def test_ranks_that_share_a_model_find_the_same_scores(
     assert all((one[name] == other[name]).all() for name in one)
 
 
+def test_what_has_no_score_is_left_out_and_training_goes_on(
+    sources: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """As of weights that are no numbers; PIQA's are."""
+    (data / "piqa").mkdir()
+    (data / "piqa" / "piqa.jsonl").write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS[:2]))
+
+    def unfit(self: ModelScorer, requests: list, **options: Any) -> list:
+        if len(requests) > 2 * 3:
+            raise NotFinite("no finite log-likelihood")
+        return likelihoods(self, requests, **options)
+
+    def nothing(self: ModelScorer, requests: list, **options: Any) -> list:
+        raise NotFinite("no finite logits")
+
+    likelihoods = ModelScorer.likelihoods
+    monkeypatch.setattr(ModelScorer, "likelihoods", unfit)
+    monkeypatch.setattr(ModelScorer, "generations", nothing)
+    asked = {"tasks": ["arc_easy", "piqa"], "tasks_every_steps": 3, "data": str(data)}
+    asked |= {"samples": ["one"], "sample_tokens": 4}
+    config = with_tasks(tmp_path / "run", sources, data, evaluation={**asked, "every_steps": 3})
+    train_in_process(config)
+    told = capsys.readouterr().err
+    assert status(config.run_dir)["state"] == "done"
+    assert not answered(config.run_dir)
+    assert [record["step"] for record in metrics(config.run_dir) if "eval/piqa/accuracy" in record] == [0, 3, 6]
+    assert told.count("task arc_easy: no finite log-likelihood; such scores are left out of metrics.jsonl") == 1
+    assert "evaluation.samples: no finite logits; nothing was written" in told
+
+
+def test_tasks_are_not_begun_where_validation_is_broken_off(
+    sources: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    with ExitStack() as resources:
+        config = with_tasks(tmp_path / "run", sources, data)
+        config.evaluation.every_steps = 3
+        trainer = trainer_for(config, resources)
+        monkeypatch.setattr(trainer.evaluator.tasks, "scores", lambda *_, **__: asked.append(1))
+        monkeypatch.setattr(trainer.evaluator.validation, "evaluate", lambda *_, **__: None)
+        records: Any = None
+        trainer.evaluator.evaluate(trainer.model, records, {"step": 3}, records, keep_going=lambda: False)
+        assert not asked
+        assert trainer.evaluator.due(3)
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
@@ -169,6 +216,11 @@ def test_what_a_run_could_not_answer_later_is_refused_at_its_start(
         train_in_process(config)
     config.evaluation.tasks = ["piqqa"]
     with pytest.raises(ConfigError, match="did you mean piqa"):
+        train_in_process(config)
+    (data / "humaneval").mkdir()
+    (data / "humaneval" / "HumanEval.jsonl").write_text("{}\n")
+    config.evaluation.tasks = ["human_eval"]
+    with pytest.raises(ConfigError, match=r"human_eval runs programs .* which training does not; ask the checkpoints"):
         train_in_process(config)
     config.evaluation.tasks = ["arc_easy"]
     config.parallel = ParallelConfig(pp=2)

@@ -16,12 +16,13 @@ class EvaluateConfig:
     suite: str | None = None  # a name of conf/evaluation/suites, or a file; its tasks, and its tables are printed
     tasks: list[str] = field(default_factory=list)  # names of conf/evaluation/tasks, or files; with a suite: only those
     max_questions: int | None = None  # of each task the first so many; of a set in parts, of each part
-    shots: int | list[int] | None = None  # examples before a question, of all tasks that have some; None: as described
+    shots: int | list[int] | None = None  # examples before a question, where a task can have so many; None: its own
     seed: int = 0  # of drawn examples and samples
     task_settings: dict[str, dict[str, Any]] = field(default_factory=dict)  # by task: settings of its kind
     task_files: dict[str, dict[str, str]] = field(default_factory=dict)  # by task: role and path
     allow_code_execution: bool = False  # run what the model writes for HumanEval and MBPP, in a sandbox
-    resume: bool = False  # take over what results of this name on disk already have, asked the same
+    resume: bool = False  # keep what results of this name on disk already have, asked the same
+    overwrite: bool = False  # results of this name that were asked otherwise may be lost
     strict: bool = False  # a task that cannot be run is an error
     output: str | None = None  # directory of the results; None: RUN/evaluations/step-…
     name: str | None = None  # of the results' files; None: the suite's, or the tasks'

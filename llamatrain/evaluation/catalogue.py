@@ -7,7 +7,8 @@ the kind. A task of one's own is such a file, given by its path.
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -139,13 +140,23 @@ def load_tasks(
     files: Mapping[str, Mapping[str, str]] | None = None,
     shots: int | list[int] | None = None,
 ) -> list[Task]:
-    """Some tasks; `settings` and `files` by a task's name. Raises ConfigError, also for two of one name."""
-    tasks = [
-        load_task(
-            name, settings=(settings or {}).get(Path(name).stem), files=(files or {}).get(Path(name).stem), shots=shots
-        )
-        for name in names
-    ]
+    """Some tasks; `settings` and `files` by a task's name. A task that cannot have `shots` keeps its own.
+
+    Raises ConfigError, also for two of one name, and for shots that none of the tasks can have.
+    """
+    tasks = []
+    refused: list[ConfigError] = []
+    for name in names:
+        own = partial(load_task, name, settings=(settings or {}).get(Path(name).stem))
+        own = partial(own, files=(files or {}).get(Path(name).stem))
+        try:
+            tasks.append(own(shots=shots))
+        except ConfigError as error:
+            task = own()
+            refused.append(error)
+            tasks.append(replace(task, other_shots=f"keeps shots={task.settings.shots} ({error})"))
+    if refused and len(refused) == sum(hasattr(task.settings, "shots") for task in tasks):
+        raise refused[0]
     called = [task.name for task in tasks]
     for name in called:
         if called.count(name) > 1:

@@ -13,8 +13,8 @@ from typing import Any
 
 from llamatrain.errors import ConfigError, DataError
 from llamatrain.evaluation.model_scorer import ModelScorer
+from llamatrain.evaluation.statistics import Z95
 
-WITHIN_95 = 1.959964  # standard errors
 Found = dict[str, dict[str, dict[str, Any]]]  # by task and metric: value, low, high, questions
 
 
@@ -85,8 +85,8 @@ def _metrics(found: dict[str, Any]) -> Found:
             known = isinstance(error, int | float) and math.isfinite(error)
             told[task][name if method == "none" else f"{name}.{method}"] = {
                 "value": float(value),
-                "low": value - WITHIN_95 * error if known else None,
-                "high": value + WITHIN_95 * error if known else None,
+                "low": value - Z95 * error if known else None,
+                "high": value + Z95 * error if known else None,
                 "questions": questions,
             }
     return told

@@ -1,17 +1,22 @@
 """Whether two final answers of a mathematics problem, written in LaTeX, say the same. No torch.
 
 Answers are brought to one form (no units, no spaces, `\\frac12` and `\\dfrac{1}{2}` alike), as Lewkowycz et al. (2022,
-appendix D) do; then equal texts are equal answers. Besides, what can be computed without variables is compared as a
-number (their check with SymPy does more: it also simplifies expressions with variables), and tuples, sets and
-intervals part by part.
+appendix D) do; then equal texts are equal answers. Besides, what can be computed is compared as a number, in which each
+variable has a value of its own: expressions that agree there to ten digits are the same (they ask SymPy to simplify the
+difference). Tuples, sets and intervals are compared part by part.
 """
 
 import math
+import random
 import re
+import string
 
 LONGEST = 200  # characters that are parsed: no answer is longer, and nesting is bounded by it
 DIGITS = 10  # in which equal numbers agree
 
+VALUES = {letter: random.Random(letter).uniform(1, 2) for letter in string.ascii_letters}  # of variables
+WORD = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{3}")  # three variables in a row are more likely a word
+MIXED = r"\d+\\frac\{\d+\}\{\d+\}"  # 2\frac{1}{3}
 SPACING = re.compile(r"\\[!,;:> ]|\\(?:quad|qquad|left|right|displaystyle|limits)(?![A-Za-z])|~")
 UNITS = re.compile(
     r"(?:square|cubic)?(?:dollars?|cents?|degrees?|units?|inch(?:es)?|feet|foot|ft|yards?|miles?|mph|km|cm|mm|meters?"
@@ -58,6 +63,7 @@ def normalised(answer: str) -> str:
     answer = re.sub(r"^[A-Za-z]\\in(?![A-Za-z])", "", answer)
     if any(char.isdigit() for char in answer) and UNITS.sub("", answer):
         answer = UNITS.sub("", answer)
+    answer = re.sub(r"([\^_])\{(\w)\}", r"\1\2", answer)
     answer = re.sub(r"\\sqrt([^\[{\\])", r"\\sqrt{\1}", answer)
     answer = re.sub(r"\\frac([^{\\])([^{\\])", r"\\frac{\1}{\2}", answer)
     answer = re.sub(r"\\frac([^{\\])\{", r"\\frac{\1}{", answer)
@@ -92,6 +98,7 @@ def _canonical(answer: str) -> str:
     value = None if re.fullmatch(r"-?[1-9]\d*", answer) else number(answer)
     if value is None:
         return answer
+    value += 0.0  # -0 becomes 0
     return f"{value:.0f}" if value.is_integer() and abs(value) < 1e15 else f"{value:.{DIGITS}g}"
 
 
@@ -118,8 +125,8 @@ def _parts(answer: str) -> tuple[str, list[str]] | None:
 
 
 def number(answer: str) -> float | None:
-    """The value of a normalised answer without variables: + - * / ^, \\frac, \\sqrt, \\pi, brackets; else None."""
-    if len(answer) > LONGEST:
+    """The value of a normalised answer of numbers, variables, + - * / ^, \\frac, \\sqrt, \\pi, brackets; else None."""
+    if len(answer) > LONGEST or WORD.search(answer):
         return None
     tokens = re.findall(r"\d+\.\d+|\d+|\\[A-Za-z]+|\S", answer)
     try:
@@ -142,7 +149,7 @@ def _product(tokens: list[str]) -> tuple[float, list[str]]:
     if tokens[0] in "+-":
         value, rest = _product(tokens[1:])
         return (value if tokens[0] == "+" else -value), rest
-    mixed = tokens[0].isdecimal() and len(tokens) > 1 and tokens[1] == "\\frac"  # 2\frac{1}{3} is a mixed number
+    mixed = re.match(MIXED, "".join(tokens)) is not None
     value, tokens = _power(tokens)
     while tokens and tokens[0] not in ("+", "-", ")", "]", "}", "^", ","):
         if tokens[0] in "*/":
@@ -179,6 +186,8 @@ def _atom(tokens: list[str]) -> tuple[float, list[str]]:
         return float(first), rest
     if first == "\\pi":
         return math.pi, rest
+    if first in VALUES:
+        return VALUES[first], rest
     if first == "\\frac":
         above, rest = _atom(rest)
         below, rest = _atom(rest)

@@ -9,6 +9,7 @@ Before it is used, the model must be as `parallel.answering` leaves it.
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -21,7 +22,7 @@ from llamatrain.distributed import World
 from llamatrain.errors import ConfigError
 from llamatrain.evaluation.lockstep import Lockstep
 from llamatrain.evaluation.prefixes import KEPT_TOKENS, Batch, Piece, plan
-from llamatrain.evaluation.scoring import Generation, Likelihood, LikelihoodScore
+from llamatrain.evaluation.scoring import Generation, Likelihood, LikelihoodScore, NotFinite
 from llamatrain.evaluation.tokens import Ending, encode_pair, pieces_of, room_for
 from llamatrain.model.decoding import write_on
 from llamatrain.model.generation import next_tokens, uniform
@@ -34,6 +35,7 @@ LOGITS_IN_FP32 = 1024  # tokens whose logits are in fp32 at a time
 CPU_BATCH_TOKENS = 1024  # more makes nothing faster on a CPU, and fills up more
 LEAST_BATCH_TOKENS, CUDA_BATCH_TOKENS = 512, 2**15  # more would not help a GPU
 MEMORY_TAKEN = 0.5  # of what is free on a GPU
+SHOWN = 100  # characters of a text in a message
 WIDTHS_ALIVE = 12  # tensors of the model's width that a forward without gradients has at once, about
 
 Job = TypeVar("Job")
@@ -79,6 +81,7 @@ class ModelScorer:
         if self.layout.pp > 1:
             raise ConfigError("the stages of a pipeline cannot be evaluated: load the checkpoint with tp instead")
         self.merged = 0  # continuations that took in a token of their context, of all so far
+        self.shortened = 0
         self.max_batch_tokens = min(self.world.gather(max_batch_tokens or good_batch_tokens(model, device)))
         self._keep_going = keep_going
 
@@ -99,14 +102,8 @@ class ModelScorer:
             encoded = encode_pair(self.tokenizer, request.context, request.continuation, alone=alone)
             merged += encoded.merged
             pairs.append((encoded.context, encoded.continuation))
-        if merged and self.world.leads:
-            log.info(
-                "%s: %d of %d continuations begin with a token that their context ends in",
-                description or "likelihoods",
-                merged,
-                len(requests),
-            )
         self.merged += merged
+        self._tell(description, merged, "continuations begin with a token that their context ends in")
         return self.token_likelihoods(pairs, description=description)
 
     def document_likelihoods(self, texts: Sequence[str], *, description: str = "") -> list[LikelihoodScore]:
@@ -115,10 +112,11 @@ class ModelScorer:
         return self.token_likelihoods(pairs, description=description)
 
     def generations(self, requests: Sequence[Generation], *, seed: int = 0, description: str = "") -> list[list[str]]:
-        bos, rows, endings = self.tokenizer.bos_id, [], []
+        bos, rows, endings, shortened = self.tokenizer.bos_id, [], [], 0
         for place, request in enumerate(requests):
             context = [bos, *self.tokenizer.encode(request.context)]
             prompt, new_tokens = room_for(context, request.max_new_tokens, most=self.max_length)
+            shortened += len(prompt) < len(context)
             endings.append(Ending(self.tokenizer, prompt, request.stop))
             # the likeliest tokens are the same in every sample
             samples = request.samples if request.temperature > 0 else min(1, request.samples)
@@ -126,15 +124,18 @@ class ModelScorer:
                 _Row(place, sample, tuple(prompt), new_tokens, request.temperature, request.top_p)
                 for sample in range(samples)
             ]
+        self._tell_shortened(description, shortened)
         written = self._answers(
             self._batches_of_rows(rows),
             lambda batch, step: [
-                ((row.place, row.sample), endings[row.place].text(tokens))
+                ((row.place, row.sample), None if tokens is None else endings[row.place].text(tokens))
                 for row, tokens in zip(batch, self._write(batch, endings, seed, step), strict=True)
             ],
             cost=lambda batch: sum(row.new_tokens for row in batch),
             description=description or "generations",
         )
+        if unfit := [place for (place, _), text in written.items() if text is None]:
+            raise NotFinite(_not_finite("logits after", requests[min(unfit)].context))
         return [
             [written[place, sample if request.temperature > 0 else 0] for sample in range(request.samples)]
             for place, request in enumerate(requests)
@@ -146,16 +147,21 @@ class ModelScorer:
         """Of continuations after contexts, both as tokens."""
         asked: list[Piece] = []
         pieces: list[range] = []  # of each request
+        shortened = set()  # contexts: several continuations may have the same
         for context, continuation in requests:
+            if len(continuation) <= self.max_length < len(context) + len(continuation) - 1:
+                shortened.add(tuple(context))
             found = pieces_of(context, continuation, most=self.max_length)
             pieces.append(range(len(asked), len(asked) + len(found)))
             asked += found
+        self._tell_shortened(description, len(shortened))
         scored = self._answers(
             plan(asked, max_tokens=self.max_batch_tokens),
             lambda batch, step: self._score(batch, asked, step),
             cost=lambda batch: sum(batch.forwards),
             description=description or "likelihoods",
         )
+        self._check_finite(requests, pieces, scored)
         return [
             LikelihoodScore(
                 log_probability=sum((scored[number][0] for number in numbers), start=0.0),
@@ -164,6 +170,14 @@ class ModelScorer:
             )
             for numbers in pieces
         ]
+
+    def _check_finite(
+        self, requests: Sequence[TokenRequest], pieces: Sequence[range], scored: dict[int, tuple[float, bool]]
+    ) -> None:
+        for (context, continuation), numbers in zip(requests, pieces, strict=True):
+            if not all(math.isfinite(scored[number][0]) for number in numbers):
+                text = self.tokenizer.decode([*context, *continuation])
+                raise NotFinite(_not_finite("log-likelihood at the end of", text))
 
     @torch.no_grad()
     def _score(self, batch: Batch, asked: Sequence[Piece], step: Lockstep) -> list[tuple[int, tuple[float, bool]]]:
@@ -223,23 +237,38 @@ class ModelScorer:
             last.append(row)
         return sorted(batches, key=lambda batch: -len(batch) * max(row.length for row in batch))
 
-    def _write(self, batch: list[_Row], endings: list[Ending], seed: int, step: Lockstep) -> list[list[int]]:
+    def _write(self, batch: list[_Row], endings: list[Ending], seed: int, step: Lockstep) -> list[list[int] | None]:
+        """The tokens of each; None if there were logits that are no numbers."""
+        unfit: set[int] = set()
+
         def choose(logits: Tensor, rows: list[int], written: list[int]) -> Tensor:
+            finite = logits.amax(-1).isfinite()  # NaN wins; ids without a token are -inf
+            unfit.update(row for row, fit in zip(rows, finite.tolist(), strict=True) if not fit)
+            logits = logits.where(finite[:, None], 0.0)  # the other ranks go on in step
             draws = [
                 uniform(seed, batch[row].place, batch[row].sample, token)
                 for row, token in zip(rows, written, strict=True)
             ]
             return next_tokens(logits, temperature=batch[0].temperature, top_p=batch[0].top_p, draws=draws)
 
-        return write_on(
+        texts = write_on(
             self.model,
             [row.prompt for row in batch],
             max_new_tokens=[row.new_tokens for row in batch],
             choose=choose,
-            ended=lambda row, tokens: endings[batch[row].place].reached(tokens),
+            ended=lambda row, tokens: row in unfit or endings[batch[row].place].reached(tokens),
             vocab_size=self.tokenizer.vocab_size,
             forward=step.forward,
         )
+        return [None if row in unfit else tokens for row, tokens in enumerate(texts)]
+
+    def _tell_shortened(self, description: str, count: int) -> None:
+        self.shortened += count
+        self._tell(description, count, f"contexts lost their front: the model has {self.max_length} tokens")
+
+    def _tell(self, description: str, count: int, what: str) -> None:
+        if count and self.world.leads:
+            log.info("%s: %d %s", description or "requests", count, what)
 
     # ------------------------------------------------------------------ ranks
 
@@ -276,6 +305,11 @@ class ModelScorer:
         for others in self.world.gather(answers if layer_rank == 0 else {}):
             answers.update(others)
         return answers
+
+
+def _not_finite(what: str, text: str) -> str:
+    end = text if len(text) <= SHOWN else f"…{text[-SHOWN:]}"
+    return f"no finite {what} {end!r}: the model's weights are not finite, or its activations overflow"
 
 
 def good_batch_tokens(model: Llama, device: torch.device) -> int:

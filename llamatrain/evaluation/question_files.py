@@ -31,9 +31,10 @@ _MISSING = object()
 class Question(dict[str, Any]):
     """A record of a file, with `place` for messages: "FILE, line 3"."""
 
-    def __init__(self, fields: Mapping[str, Any], place: str) -> None:
+    def __init__(self, fields: Mapping[str, Any], place: str, *, label_place: str = "") -> None:
         super().__init__(fields)
         self.place = place
+        self.label_place = label_place or place  # where its field `label` stands
 
     def field(self, path: str) -> Any:
         """A field, with dots a nested one: `question.stem`; `choices[].text` is that of each. Raises DataError."""
@@ -188,7 +189,7 @@ def _parse(content: bytes, name: str, place: str, columns: Sequence[str] | None)
     if ending in (".csv", ".tsv"):
         return _table(text, place, columns, delimiter="," if ending == ".csv" else "\t")
     if ending == ".lst":
-        lines = text.splitlines()
+        lines = text.split("\n")
         return [
             Question({"label": line.strip()}, f"{place}, line {n}") for n, line in enumerate(lines, 1) if line.strip()
         ]

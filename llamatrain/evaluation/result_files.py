@@ -10,15 +10,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llamatrain.errors import DataError
+from llamatrain.errors import ConfigError, DataError
 from llamatrain.evaluation.results import Metric, TaskResult
 from llamatrain.evaluation.task import Task
 from llamatrain.files import sha256_of_file, sha256_of_json, write_bytes_atomically, write_json_atomically
 
 VERSION = 1
-# what must be equal to take results over, and of a task
+HARNESS = "harness."  # before the name of a task of lm-evaluation-harness
+# what must be equal to take results over, and of a task; and what makes other results
 OF_ALL = ("version", "checkpoint", "step", "versions", "device", "precision", "seed", "max_questions")
 OF_A_TASK = ("settings", "files")
+ASKED = ("checkpoint", "precision", "seed", "max_questions")
 
 
 def files_of(tasks: Sequence[Task], data: Path) -> dict[str, dict[str, dict[str, str]]]:
@@ -42,11 +44,14 @@ def _hash(path: Path) -> str:
 
 
 def results_content(results: Mapping[str, TaskResult], facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON form: `facts` (step, tokens, versions …), and tasks → metric → value, low, high, questions."""
+    """The JSON form: `facts` (step, tokens, versions …); tasks → metric → value, low, high, questions; and how many
+    prompts of a task were shortened."""
     tasks = {
         task: {name: _plain(metric) for name, metric in result.metrics.items()} for task, result in results.items()
     }
-    return {"version": VERSION, **facts, "tasks": tasks}
+    shortened = {task: result.shortened for task, result in results.items() if result.shortened}
+    told = {task: result.note for task, result in results.items() if result.note}
+    return {"version": VERSION, **facts, "tasks": tasks, "shortened": shortened, "notes": told}
 
 
 def _plain(metric: Metric) -> dict[str, float | int | None]:
@@ -75,32 +80,72 @@ def _items_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}.items.jsonl")
 
 
-def read_results(folder: Path, name: str, facts: Mapping[str, Any]) -> dict[str, TaskResult]:
-    """The tasks of an earlier call that were asked the same of the same checkpoint; none if there was no call."""
+def take_over(
+    folder: Path, name: str, facts: Mapping[str, Any], *, resume: bool, overwrite: bool
+) -> tuple[dict[str, TaskResult], dict[str, Any]]:
+    """The results of earlier calls that stay, and `facts` with their settings and files.
+
+    With `resume` they are those that were asked the same of the same checkpoint, of tasks that are not asked now too;
+    else none. Raises ConfigError if others would be lost than those that come again, unless `overwrite`.
+    """
     path = folder / f"{name}.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        lines = _items_path(path).read_text(encoding="utf-8").splitlines()
-        items = [json.loads(line) for line in lines]
-        if any(content.get(key) != value for key, value in _comparable(facts).items()):
-            return {}
-        asked = [
-            task
-            for task in content["tasks"]
-            if task in facts["settings"] and all(content[key][task] == _json(facts[key][task]) for key in OF_A_TASK)
-        ]
-        return {
-            task: _result(content["tasks"][task], [item for item in items if item["task"] == task]) for task in asked
-        }
+        differing = _differing(content, facts)
+        kept = [task for task in content["tasks"] if resume and task not in differing and _same(content, facts)]
+        told = [f"{what} {how}" for what, how in differing.items()]
+        others = [task for task in content["tasks"] if not _is_asked(task, facts) and task not in kept]
+        told += [f"{', '.join(others)}: not asked for now (resume=true keeps it)"] if others else []
+        results = _results(content, kept, path) if kept else {}
+        more = {key: {task: content[key][task] for task in kept if task in content[key]} for key in OF_A_TASK}
     except (FileNotFoundError, NotADirectoryError):
-        return {}
+        return {}, dict(facts)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: no results to go on from ({error}); remove it, or set resume=false") from None
+        if overwrite:
+            return {}, dict(facts)
+        what = "go on from" if resume else "overwrite"
+        raise DataError(f"{path}: no results to {what} ({error!r}); remove it, or set overwrite=true") from None
+    if told and not overwrite:
+        raise ConfigError(
+            f"{path}: it has other results ({'; '.join(told)}); set name=… for those of this call, or overwrite=true"
+        )
+    return results, {**facts, **{key: {**more[key], **facts[key]} for key in OF_A_TASK}}
 
 
-def _comparable(facts: Mapping[str, Any]) -> dict[str, Any]:
+def _same(content: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
     found = {"version": VERSION, **facts}
-    return {key: _json(found[key]) for key in OF_ALL}
+    return all(content.get(key) == _json(found[key]) for key in OF_ALL)
+
+
+def _differing(content: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, str]:
+    """What was asked otherwise: by setting or task, how."""
+    found = {key: f"{content[key]} instead of {facts[key]}" for key in ASKED if content[key] != _json(facts[key])}
+    for task in content["tasks"]:
+        if task in facts["settings"]:
+            before, now = content["settings"].get(task, {}), _json(facts["settings"][task])
+            keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+            if keys:
+                found[task] = ", ".join(f"with {key}={before.get(key)} instead of {now.get(key)}" for key in keys)
+            elif _hashes(content["files"].get(task, {})) != _hashes(facts["files"][task]):
+                found[task] = "with files of other contents"
+    return found
+
+
+def _hashes(files: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    return {role: file["sha256"] for role, file in files.items()}
+
+
+def _is_asked(task: str, facts: Mapping[str, Any]) -> bool:
+    """Also of a group of the harness, whose parts have results."""
+    parts = task.startswith(HARNESS) and any(asked.startswith(HARNESS) for asked in facts["settings"])
+    return parts or task in facts["settings"]
+
+
+def _results(content: dict[str, Any], tasks: Sequence[str], path: Path) -> dict[str, TaskResult]:
+    # what json writes has no line break but these; texts may have others, U+2028 say
+    lines = _items_path(path).read_text(encoding="utf-8").split("\n")
+    items = [json.loads(line) for line in lines if line]
+    return {task: _result(content, task, [item for item in items if item["task"] == task]) for task in tasks}
 
 
 def _json(value: Any) -> Any:
@@ -108,9 +153,11 @@ def _json(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def _result(metrics: dict[str, Any], items: list[dict[str, Any]]) -> TaskResult:
+def _result(content: dict[str, Any], task: str, items: list[dict[str, Any]]) -> TaskResult:
     found = {
         name: Metric(**{**entry, "value": math.nan if entry["value"] is None else entry["value"]})
-        for name, entry in metrics.items()
+        for name, entry in content["tasks"][task].items()
     }
-    return TaskResult(found, [{key: value for key, value in item.items() if key != "task"} for item in items])
+    own = [{key: value for key, value in item.items() if key != "task"} for item in items]
+    shortened, note = content.get("shortened", {}).get(task, 0), content.get("notes", {}).get(task, "")
+    return TaskResult(found, own, shortened=shortened, note=note)

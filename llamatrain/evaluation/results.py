@@ -20,3 +20,5 @@ class TaskResult:
     items: list[dict[str, Any]] = field(
         default_factory=list
     )  # a line of items.jsonl each: prompt, answer, gold, scores
+    shortened: int = 0  # prompts that lost their front, since the model is not long enough
+    note: str = ""  # how it came about otherwise than the task's description says

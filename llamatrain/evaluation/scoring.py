@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from llamatrain.errors import UnhealthyRun
+
 
 @dataclass(frozen=True)
 class Likelihood:
@@ -35,9 +37,20 @@ class Generation:
     samples: int = 1
 
 
+class NotFinite(UnhealthyRun):
+    """The model's answers are no numbers. All ranks raise it at once."""
+
+
+def cut(text: str, stop: Sequence[str]) -> str:
+    """A text up to the first of `stop`."""
+    return text[: min((text.find(mark) for mark in stop if mark in text), default=len(text))]
+
+
 class Scorer(Protocol):
     """A model that answers. The answers stand in the order of the requests, and do not depend on how they are batched
     beyond rounding, nor on the number of ranks."""
+
+    shortened: int  # contexts so far that lost their front, since the model is not long enough
 
     def likelihoods(self, requests: Sequence[Likelihood], *, description: str = "") -> list[LikelihoodScore]: ...
 

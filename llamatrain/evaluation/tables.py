@@ -92,8 +92,8 @@ def _cell(metric: Metric, digits: int) -> str:
     return f"{text} ({metric.low:.{digits}f}–{metric.high:.{digits}f})"
 
 
-def plain_table(results: Mapping[str, TaskResult], skipped: Mapping[str, str]) -> str:
-    """Every metric of every task in Markdown; those that could not be run below."""
+def plain_table(results: Mapping[str, TaskResult], skipped: Mapping[str, str], notes: Mapping[str, str]) -> str:
+    """Every metric of every task in Markdown; those that could not be run, and `notes` by task, below."""
     rows = []
     for task, result in results.items():
         for name, metric in result.metrics.items():
@@ -102,7 +102,7 @@ def plain_table(results: Mapping[str, TaskResult], skipped: Mapping[str, str]) -
             rows.append([task, name, _number(metric.value), interval, f"{metric.questions:,}"])
             task = ""
     table = markdown(["task", "metric", "value", "95 % interval", "questions"], rows)
-    return "\n".join([table, *(f"- {task}: {reason}" for task, reason in skipped.items())])
+    return "\n".join([table, *(f"- {task}: {said}" for told in (skipped, notes) for task, said in told.items())])
 
 
 def _number(value: float | None) -> str:

@@ -56,6 +56,7 @@ class Task:
     source: str = ""  # of the protocol
     questions: int | None = None  # of the whole set, if that is known
     changed: dict[str, Any] = field(default_factory=dict)  # settings that are not the description's
+    other_shots: str = ""  # why it has not the shots that all tasks were to have
 
     def find(self, data: Path) -> tuple[dict[str, Path], list[Path]]:
         """The files by role, packed (.gz, .zst) or not; and the first place of each that is needed and not there."""

@@ -14,6 +14,7 @@ from itertools import takewhile
 from typing import NamedTuple
 
 from llamatrain.evaluation.prefixes import Piece
+from llamatrain.evaluation.scoring import cut
 from llamatrain.tokenizer import Tokenizer
 
 ANCHOR = 8  # tokens of a context before what is written after it, decoded with it: the first of a text loses its space
@@ -83,16 +84,12 @@ class Ending:
         if not self._stop:
             return False
         newest = self._tokenizer.decode(tokens[-self._newest :])
-        return any(text in newest for text in self._stop) and self._cut(self._decoded(tokens)) is not None
+        return any(text in newest and text in self._decoded(tokens) for text in self._stop)
 
     def text(self, tokens: list[int]) -> str:
         """What was written before EOS and the first stop string."""
         eos = self._tokenizer.eos_id
-        text = self._decoded(tokens[: tokens.index(eos)] if eos in tokens else tokens)
-        return text[: self._cut(text)]
+        return cut(self._decoded(tokens[: tokens.index(eos)] if eos in tokens else tokens), self._stop)
 
     def _decoded(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode([*self._anchor, *tokens])[self._before :]
-
-    def _cut(self, text: str) -> int | None:
-        return min((place for stop in self._stop if (place := text.find(stop)) >= 0), default=None)

@@ -6,7 +6,7 @@ Needs the extra `eval`, Transformers and accelerate. Both are given the same tex
 prompts, and answer them all: encoding is measured too, reading files is not. The checkpoint is exported by
 `llamatrain.convert`. The harness has the batch size that is fastest in a trial of its own. They take turns, several
 rounds, and what is told is the ratio of the same round. What they answer is compared too: the likelier choice per
-character, and the texts.
+character, and the texts but for the space before them, which Transformers drops.
 """
 
 import argparse
@@ -105,14 +105,14 @@ def instances(some: Set) -> list[Any]:
 
 def ask_scorer(scorer: ModelScorer, some: Set) -> list[Any]:
     if some.generations:
-        return [texts[0] for texts in scorer.generations(some.generations)]
+        return [texts[0].strip() for texts in scorer.generations(some.generations)]
     flat = [request for row in some.likelihoods for request in row]
     return chosen(some, [score.log_probability for score in scorer.likelihoods(flat)])
 
 
 def ask_harness(model: Any, some: Set) -> list[Any]:
     if some.generations:
-        return list(model.generate_until(instances(some), disable_tqdm=True))
+        return [text.strip() for text in model.generate_until(instances(some), disable_tqdm=True)]
     return chosen(some, [score for score, _ in model.loglikelihood(instances(some), disable_tqdm=True)])
 
 

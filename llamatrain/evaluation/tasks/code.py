@@ -9,7 +9,6 @@ HumanEval's prompt is the function's head; its example tests stand in the docstr
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from llamatrain.evaluation import sandbox
 from llamatrain.evaluation.question_files import Question, read_questions
 from llamatrain.evaluation.results import Metric, TaskResult
 from llamatrain.evaluation.sandbox import Limits, Sandboxes, Verdict
-from llamatrain.evaluation.scoring import Generation, Scorer
+from llamatrain.evaluation.scoring import Generation, Scorer, cut
 from llamatrain.evaluation.statistics import wilson_interval
 from llamatrain.evaluation.task import Conditions, Kind
 
@@ -135,11 +134,6 @@ def _write(
     ]
     texts = scorer.generations(requests, seed=conditions.seed, description=f"programs, temperature {drawn.temperature}")
     return [[cut(text, settings.stop) for text in of_task] for of_task in texts]
-
-
-def cut(text: str, stop: Sequence[str]) -> str:
-    """A text up to the first of `stop`."""
-    return text[: min((text.find(mark) for mark in stop if mark in text), default=len(text))]
 
 
 def judge(settings: Settings, asked: list[Asked], written: list[list[str]]) -> list[list[Verdict]]:

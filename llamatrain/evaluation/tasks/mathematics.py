@@ -17,7 +17,7 @@ from llamatrain.errors import ConfigError, DataError
 from llamatrain.evaluation import latex_answers
 from llamatrain.evaluation.question_files import Question, read_questions, read_tables
 from llamatrain.evaluation.results import Metric, TaskResult
-from llamatrain.evaluation.scoring import Generation, Scorer
+from llamatrain.evaluation.scoring import Generation, Scorer, cut
 from llamatrain.evaluation.statistics import share
 from llamatrain.evaluation.task import Conditions, Kind
 
@@ -109,9 +109,11 @@ def _vote(settings: Settings, asked: list[Asked], ballots: list[list[str]], item
     right = []
     for question, texts, item in zip(asked, ballots, items, strict=True):
         votes = [extract(settings, text) for text in texts]
-        chosen = most_frequent([canonical(settings, vote) for vote in votes])
+        forms = [canonical(settings, vote) for vote in votes]
+        chosen = most_frequent(forms)
         right.append(chosen is not None and chosen == canonical(settings, question.gold))
-        item |= {"votes": votes, "majority": chosen, "majority_right": right[-1]}
+        majority = None if chosen is None else votes[forms.index(chosen)]
+        item |= {"votes": votes, "majority": majority, "majority_right": right[-1]}
     return share(right)
 
 
@@ -127,9 +129,7 @@ def prompt(settings: Settings, problem: str) -> str:
 
 def extract(settings: Settings, text: str) -> str | None:
     """The answer in what the model has written up to the first stop, or None."""
-    for mark in settings.stop:
-        text = text.partition(mark)[0]
-    found = re.search(settings.answer, text, re.DOTALL)
+    found = re.search(settings.answer, cut(text, settings.stop))
     if found is None:
         return None
     return found[1].strip() or None

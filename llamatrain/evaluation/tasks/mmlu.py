@@ -2,7 +2,7 @@
 
 Prompt and averages are those of the authors: "The following are multiple choice questions (with answers) about
 <subject>.", the letter's likelihood after "Answer:", shares over all questions of a group of subjects and over all
-questions. The paper's Table 9 has the four groups and that average.
+questions. So are the paper's (table 9): its averages are those of its groups, each weighted by its questions.
 """
 
 from dataclasses import dataclass
@@ -22,15 +22,15 @@ GROUPS = {
     "stem": """abstract_algebra astronomy college_biology college_chemistry college_computer_science
         college_mathematics college_physics computer_security conceptual_physics electrical_engineering
         elementary_mathematics high_school_biology high_school_chemistry high_school_computer_science
-        high_school_mathematics high_school_physics high_school_statistics machine_learning anatomy""",
+        high_school_mathematics high_school_physics high_school_statistics machine_learning""",
     "humanities": """formal_logic high_school_european_history high_school_us_history high_school_world_history
         international_law jurisprudence logical_fallacies moral_disputes moral_scenarios philosophy prehistory
         professional_law world_religions""",
     "social_sciences": """econometrics high_school_geography high_school_government_and_politics
         high_school_macroeconomics high_school_microeconomics high_school_psychology human_sexuality
         professional_psychology public_relations security_studies sociology us_foreign_policy""",
-    "other": """business_ethics clinical_knowledge college_medicine global_facts human_aging management marketing
-        medical_genetics miscellaneous nutrition professional_accounting professional_medicine virology""",
+    "other": """anatomy business_ethics clinical_knowledge college_medicine global_facts human_aging management
+        marketing medical_genetics miscellaneous nutrition professional_accounting professional_medicine virology""",
 }
 GROUP_OF = {subject: group for group, subjects in GROUPS.items() for subject in subjects.split()}
 

@@ -172,7 +172,7 @@ def _labelled(records: list[Question], labels: list[Question], path: Path, label
     if len(labels) != len(records):
         raise DataError(f"{labels_path}: {len(labels)} labels for the {len(records)} questions of {path}")
     return [
-        Question({**record, "label": label.text("label")}, record.place)
+        Question({**record, "label": label.text("label")}, record.place, label_place=label.place)
         for record, label in zip(records, labels, strict=True)
     ]
 
@@ -182,6 +182,12 @@ def _format(settings: Settings, record: Question) -> Format:
     for form in settings.formats.values():
         if record.has(*form_fields(form)):
             return form
+    labelled = Question({**record, "label": ""}, record.place)
+    if any(form.gold == "label" and labelled.has(*form_fields(form)) for form in settings.formats.values()):
+        raise DataError(
+            f"{record.place}: there is no field label, and no file of labels at the places of the task's description: "
+            "put it there, or say task_files.TASK.labels=FILE"
+        )
     wanted = "; or ".join(f"{name}: {', '.join(form_fields(form))}" for name, form in settings.formats.items())
     raise DataError(f"{record.place}: of no known format (its fields are {', '.join(record)}; known are {wanted})")
 
@@ -242,7 +248,8 @@ def _gold(form: Format, record: Question, choices: int) -> int:
         names = form.gold_names or [str(number) for number in range(form.gold_first, form.gold_first + choices)]
     if value not in names[:choices]:
         wanted = ", ".join(names[:choices])
-        raise DataError(f"{record.place}: field {form.gold} is {value!r}, and must be one of {wanted}")
+        place = record.label_place if form.gold == "label" else record.place
+        raise DataError(f"{place}: field {form.gold} is {value!r}, and must be one of {wanted}")
     return names.index(value)
 
 

@@ -78,15 +78,19 @@ def sources(path: Path) -> dict[str, Path]:
         for entry in path.iterdir()
         if entry.name[0] != "." and (entry.is_file() or (entry / MANIFEST_FILE).exists())
     )
-    by_name = {_stem(entry): entry for entry in found}
-    if len(by_name) != len(found) or not found:
-        raise DataError(f"{path}: " + ("two sources have the same name" if found else "there is no source in it"))
+    if not found:
+        raise DataError(f"{path}: there is no source in it")
+    by_name: dict[str, Path] = {}
+    for entry in found:
+        other = by_name.setdefault(_stem(entry), entry)
+        if other is not entry:
+            raise DataError(f"{path}: {other.name} and {entry.name} are both called {_stem(entry)}: rename one")
     return by_name
 
 
 def _stem(path: Path) -> str:
     if path.is_dir():
-        return path.resolve().name
+        return path.absolute().name  # of a link its own
     name = path.name.removesuffix(".zst").removesuffix(".gz")
     return Path(name).stem
 
@@ -111,7 +115,11 @@ def _decoded(directory: Path, split: str) -> Iterator[str]:
     """The documents of a split of token shards."""
     manifest = read_manifest(directory)
     if not manifest.tokens(split):
-        raise DataError(f"{directory}: there is no split {split}; it has {', '.join(manifest.splits)}")
+        filled = [name for name in manifest.splits if manifest.tokens(name)]
+        raise DataError(
+            f"{directory}: its split {split} has no tokens, or there is none; those with tokens are "
+            f"{', '.join(filled) or 'none'}; task_settings.perplexity.split=NAME takes another"
+        )
     check_sizes(manifest, [split])
     tokenizer = Tokenizer(directory / TOKENIZER_FILE)
     for shard in manifest.shards(split):

@@ -14,7 +14,7 @@ from pathlib import Path
 from llamatrain.errors import ConfigError, DataError
 from llamatrain.evaluation.question_files import Question, read_questions
 from llamatrain.evaluation.results import Metric, TaskResult
-from llamatrain.evaluation.scoring import Generation, Scorer
+from llamatrain.evaluation.scoring import Generation, Scorer, cut
 from llamatrain.evaluation.statistics import share
 from llamatrain.evaluation.task import Conditions, Kind
 from llamatrain.evaluation.tasks.examples import draw
@@ -98,11 +98,6 @@ def _put(template: str, **values: str) -> str:
     for name, value in values.items():
         template = template.replace(f"{{{name}}}", value)
     return template
-
-
-def cut(answer: str, stop: list[str]) -> str:
-    """The answer up to the first of `stop`."""
-    return answer[: min((answer.find(mark) for mark in stop if mark in answer), default=len(answer))]
 
 
 def normalised(answer: str) -> str:
