@@ -52,6 +52,7 @@ def command(*arguments: str, cwd: Path, module: str = "llamatrain.train") -> sub
     ("override", "message"),
     [
         ("optim.lrr=1", "error: optim.lrr: there is no such setting; did you mean optim.lr?\n"),
+        ("train.step=3", "error: train.step: there is no such setting; did you mean train.steps?\n"),
         ("modell=7b", "error: modell: there is no such setting; did you mean model?\n"),
         ("optim.lr=fast", "error: optim.lr='fast': must be a number\n"),
         ("optim.lr", "error: optim.lr: cannot be understood; write it as key=value"),

@@ -76,15 +76,14 @@ def _nearest(key: str, known: list[str]) -> str:
 
 
 def _beside(key: str, known: list[str]) -> list[str]:
-    """The key of the same group of which a word is nearest to the one typed: `prize` to `price_per_gpu_hour`."""
+    """The key of the same group nearest to the one typed, or of which a word is: `prize` to `price_per_gpu_hour`."""
     group, _, leaf = key.rpartition(".")
-    words = {word: k for k in reversed(known) if k.rpartition(".")[0] == group for word in _words(k)}
-    return [words[word] for word in difflib.get_close_matches(leaf, words, n=1, cutoff=0.7)]
-
-
-def _words(key: str) -> list[str]:
-    leaf = key.rpartition(".")[2]
-    return [leaf, *leaf.split("_")]
+    leaves = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == group}
+    words = {word: k for name, k in reversed(leaves.items()) for word in name.split("_")}
+    for candidates in (leaves, words):
+        if near := difflib.get_close_matches(leaf, candidates, n=1, cutoff=0.7):
+            return [candidates[near[0]]]
+    return []
 
 
 def _convert(kind: Any, value: Any, path: str, known: list[str]) -> Any:
