@@ -23,19 +23,26 @@ def run(settings: CheckConfig) -> None:
 
     assert settings.checkpoint is not None  # checked above
     path = Path(settings.checkpoint)
-    found = commit.list_steps(path / "checkpoints") or [path]
-    wrong = []
+    of_run = commit.list_steps(path / "checkpoints")
+    if not of_run and (path / "checkpoints").is_dir():
+        raise CheckpointError(f"{path}: no checkpoint is there yet")
+    found = of_run or [path]
+    whole, wrong = 0, []
     for checkpoint in found:
         try:
             told = verified(checkpoint)
         except CheckpointError as error:
-            if not checkpoint.exists() and len(found) > 1:
+            if of_run and not checkpoint.exists():
                 continue  # the run, at work, has removed it
             told = "NOT WHOLE"
             wrong.append(str(error))
+        else:
+            whole += 1
         print(f"{checkpoint.name}  {told}", flush=True)
     if wrong:
         raise CheckpointError(f"{len(wrong)} of {len(found)} checkpoints are not whole: {'; '.join(wrong)}")
+    if not whole:
+        raise CheckpointError(f"{path}: the run, at work, removed each checkpoint while it was read; check again")
 
 
 def verified(checkpoint: Path) -> str:

@@ -118,11 +118,12 @@ def evaluate(
         run_directory = opened.checkpoint.parent.parent
         folder = Path(settings.output) if settings.output else run_directory / "evaluations" / opened.checkpoint.name
         name = settings.name or _name(settings, tasks)
-        results, facts = opened.world.decide(
+        earlier, facts = opened.world.decide(
             lambda: take_over(folder, name, facts, resume=settings.resume, overwrite=settings.overwrite)
         )
-        if results and conditions.leads:
-            print(f"taken over from {folder / name}.json: {', '.join(results)}", file=sys.stderr)
+        results = dict(earlier)  # those asked again stay until they are there anew
+        if earlier and settings.resume and conditions.leads:
+            print(f"taken over from {folder / name}.json: {', '.join(earlier)}", file=sys.stderr)
 
         def keep(task: str, result: "TaskResult") -> None:
             results[task] = result
@@ -132,8 +133,13 @@ def evaluate(
         if settings.harness:  # first, as it may not be installed
             for task, result in _of_harness(settings, opened.scorer).items():
                 keep(task, result)
-        left = [task for task in tasks if task.name not in results]
-        run_tasks(left, opened.scorer, data=data, conditions=conditions, done=keep)
+        left = [task for task in tasks if not (settings.resume and task.name in earlier)]
+        try:
+            run_tasks(left, opened.scorer, data=data, conditions=conditions, done=keep)
+        except KeyboardInterrupt:
+            if results and conditions.leads:
+                print(f"{folder / name}.json has {', '.join(results)}; resume=true goes on from there", file=sys.stderr)
+            raise
         if conditions.leads:
             print(f"results: {folder / name}.json", file=sys.stderr)
     return facts, {task: results[task] for task in [*named, *(other for other in results if other not in named)]}
@@ -141,6 +147,7 @@ def evaluate(
 
 def _facts(settings: EvaluateConfig, tasks: "Sequence[Task]", data: Path, opened: "Opened") -> dict[str, Any]:
     """What the results are made of."""
+    from llamatrain.checkpoint.commit import manifest_hash
     from llamatrain.evaluation.result_files import HARNESS, files_of
 
     harness = {f"{HARNESS}{task}": {"shots": settings.shots} for task in settings.harness}
@@ -148,6 +155,7 @@ def _facts(settings: EvaluateConfig, tasks: "Sequence[Task]", data: Path, opened
         "step": opened.step,
         "tokens": opened.tokens,
         "checkpoint": str(opened.checkpoint),
+        "checkpoint_sha256": manifest_hash(opened.checkpoint),
         "label": settings.label or f"{opened.checkpoint.parent.parent.name}, step {opened.step:,}",
         "versions": _versions(),
         "device": str(opened.scorer.device),

@@ -1,5 +1,6 @@
 """The command that checks checkpoints whole and changes nothing."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,18 @@ def test_what_is_no_checkpoint_is_said(tmp_path: Path) -> None:
         check.run(CheckConfig())
     with pytest.raises(CheckpointError, match="not a checkpoint"):
         check.run(CheckConfig(str(tmp_path)))
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(CheckpointError, match="no checkpoint is there yet"):
+        check.run(CheckConfig(str(tmp_path)))
+
+
+def test_a_run_that_removes_all_that_is_read_is_not_called_whole(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def removed(checkpoint: Path) -> str:
+        shutil.rmtree(checkpoint)
+        raise CheckpointError("gone")
+
+    monkeypatch.setattr(check, "verified", removed)
+    with pytest.raises(CheckpointError, match="removed each checkpoint while it was read; check again"):
+        check.run(CheckConfig(str(run_dir)))

@@ -16,11 +16,13 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llamatrain import evaluate
+from llamatrain.checkpoint import store
 from llamatrain.config.evaluate import EvaluateConfig, check_evaluate
 from llamatrain.distributed import World
 from llamatrain.errors import ConfigError, DataError
@@ -704,7 +706,8 @@ def opened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeScorer:
         step = Path(checkpoint) / "checkpoints" / "step-00000500"
         yield SimpleNamespace(scorer=scorer, step=500, tokens=1_000_000, checkpoint=step, world=World())
 
-    put(tmp_path / "run" / "checkpoints" / "step-00000500" / "checkpoint.json", "{}")
+    groups = {"model": {"weight": torch.ones(2, 2)}}
+    store.write(tmp_path / "run" / "checkpoints", 500, store.Share.of(groups), {"model": {}})
     module = ModuleType("llamatrain.scorer")
     module.open_scorer = open_scorer  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "llamatrain.scorer", module)
@@ -797,10 +800,10 @@ def test_a_call_that_was_broken_off_goes_on_with_what_was_asked_the_same(
     assert json.loads((folder / "mine.json").read_text())["shortened"] == {"piqa": 1}
     assert [path.read_bytes() for path in sorted(folder.iterdir())] == before
     otherwise: dict[str, Any] = {"task_settings": {"boolq": {"normalise": "none"}}, "resume": True}
-    with pytest.raises(ConfigError, match=r"boolq with normalise=answer_context instead of none\)"):
+    with pytest.raises(ConfigError, match=r"boolq with normalise='answer_context' instead of 'none'\)"):
         asked(**otherwise)
     assert asked(**otherwise, overwrite=True) == boolq - 2
-    with pytest.raises(ConfigError, match=r"\(seed 0 instead of 1; boolq with normalise=none instead of answer_cont"):
+    with pytest.raises(ConfigError, match=r"\(seed 0 instead of 1; boolq with normalise='none' instead of"):
         asked(resume=True, seed=1)
     assert asked(resume=True, seed=1, overwrite=True) == both
     put(tmp_path / "data" / "piqa" / "valid.jsonl", lines({**PIQA, "label": 1}))
@@ -812,6 +815,32 @@ def test_a_call_that_was_broken_off_goes_on_with_what_was_asked_the_same(
         with pytest.raises(DataError, match=r"mine\.json: no results to go on from .* set overwrite=true"):
             asked(resume=True, seed=1)
     assert asked(resume=True, seed=1, overwrite=True) == both
+
+
+def test_a_call_that_is_broken_off_loses_nothing_and_says_how_to_go_on(
+    opened: FakeScorer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(request: Likelihood) -> float:
+        raise KeyboardInterrupt
+
+    evaluate.run(command(tmp_path, tasks=["boolq", "piqa"], name="mine"))
+    path = tmp_path / "run" / "evaluations" / "step-00000500" / "mine.json"
+    before = path.read_text()
+    opened.likelihood = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.run(command(tmp_path, tasks=["boolq", "piqa"], name="mine"))
+    assert path.read_text() == before
+    assert "mine.json has boolq, piqa; resume=true goes on from there" in capsys.readouterr().err
+
+
+def test_results_in_a_run_that_was_moved_are_its_own(opened: FakeScorer, tmp_path: Path) -> None:
+    evaluate.run(command(tmp_path, tasks=["piqa"]))
+    path = tmp_path / "run" / "evaluations" / "step-00000500" / "piqa.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "checkpoint": "/elsewhere/step-00000500"}))
+    opened.asked.clear()
+    evaluate.run(command(tmp_path, tasks=["piqa"], resume=True))
+    assert not opened.asked
 
 
 def test_what_is_wrong_is_said_before_the_model_is_loaded(
@@ -860,7 +889,7 @@ def test_results_that_were_asked_otherwise_are_not_lost_unasked(
         tmp_path / "data" / "boolq" / "dev.jsonl", json.dumps({**BOOLQ, "passage": "a\u2028b\x85c"}, ensure_ascii=False)
     )
     assert tasks_of(suite="llama_paper", tasks=["boolq"]) == ["boolq"]
-    with pytest.raises(ConfigError, match=r"llama_paper\.json: .*boolq: not asked for now \(resume=true keeps it\)"):
+    with pytest.raises(ConfigError, match=r"llama_paper\.json: .*boolq: not asked for now \(resume=true keeps"):
         tasks_of(suite="llama_paper", tasks=["piqa"])
     capsys.readouterr()
     assert tasks_of(suite="llama_paper", tasks=["piqa"], resume=True) == ["boolq", "piqa"]
@@ -873,7 +902,7 @@ def test_results_that_were_asked_otherwise_are_not_lost_unasked(
     for other, told in (
         ({"max_questions": 5}, r"max_questions None instead of 5\)"),
         ({"precision": "bf16"}, r"precision auto instead of bf16\)"),
-        ({"task_settings": {"piqa": {"normalise": "none"}}}, r"piqa with normalise=characters instead of none\)"),
+        ({"task_settings": {"piqa": {"normalise": "none"}}}, r"piqa with normalise='characters' instead of 'none'\)"),
     ):
         with pytest.raises(ConfigError, match=told):
             tasks_of(tasks=["piqa"], **other)

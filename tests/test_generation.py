@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from llamatrain.config.generate import GenerateConfig, check_generate
 from llamatrain.config.model import ModelConfig
-from llamatrain.errors import ConfigError
+from llamatrain.errors import ConfigError, UnhealthyRun
 from llamatrain.model.generation import generate, keep_top_p, next_tokens, uniform
 from llamatrain.model.init import init_weights
 from llamatrain.model.llama import KVCache, Llama
@@ -188,3 +188,12 @@ def test_bf16_model_generates():
 def test_settings_that_cannot_work_are_refused_by_name(change, message):
     with pytest.raises(ConfigError, match=message):
         check_generate(dataclasses.replace(GenerateConfig(checkpoint="runs/x"), **change))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_weights_that_are_no_numbers_write_nothing(temperature: float) -> None:
+    broken = built()
+    with torch.no_grad():
+        broken.norm.weight[0] = torch.nan
+    with pytest.raises(UnhealthyRun, match="no finite logits"):
+        generate(broken, PROMPTS, max_new_tokens=3, temperature=temperature)

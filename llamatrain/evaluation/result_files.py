@@ -18,9 +18,9 @@ from llamatrain.files import sha256_of_file, sha256_of_json, write_bytes_atomica
 VERSION = 1
 HARNESS = "harness."  # before the name of a task of lm-evaluation-harness
 # what must be equal to take results over, and of a task; and what makes other results
-OF_ALL = ("version", "checkpoint", "step", "versions", "device", "precision", "seed", "max_questions")
+OF_ALL = ("version", "checkpoint_sha256", "step", "versions", "device", "precision", "seed", "max_questions")
 OF_A_TASK = ("settings", "files")
-ASKED = ("checkpoint", "precision", "seed", "max_questions")
+ASKED = ("checkpoint_sha256", "precision", "seed", "max_questions")
 
 
 def files_of(tasks: Sequence[Task], data: Path) -> dict[str, dict[str, dict[str, str]]]:
@@ -85,17 +85,19 @@ def take_over(
 ) -> tuple[dict[str, TaskResult], dict[str, Any]]:
     """The results of earlier calls that stay, and `facts` with their settings and files.
 
-    With `resume` they are those that were asked the same of the same checkpoint, of tasks that are not asked now too;
-    else none. Raises ConfigError if others would be lost than those that come again, unless `overwrite`.
+    They are those that were asked the same of the same checkpoint; with `resume`, of tasks that are not asked now too.
+    Raises ConfigError if others would be lost than those that come again, unless `overwrite`.
     """
     path = folder / f"{name}.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         differing = _differing(content, facts)
-        kept = [task for task in content["tasks"] if resume and task not in differing and _same(content, facts)]
+        alike = [task for task in content["tasks"] if task not in differing] if _same(content, facts) else []
+        kept = [task for task in alike if resume or _is_asked(task, facts)]
         told = [f"{what} {how}" for what, how in differing.items()]
         others = [task for task in content["tasks"] if not _is_asked(task, facts) and task not in kept]
-        told += [f"{', '.join(others)}: not asked for now (resume=true keeps it)"] if others else []
+        way = " (resume=true keeps what was)" if not differing else ""
+        told += [f"{', '.join(others)}: not asked for now{way}"] if others else []
         results = _results(content, kept, path) if kept else {}
         more = {key: {task: content[key][task] for task in kept if task in content[key]} for key in OF_A_TASK}
     except (FileNotFoundError, NotADirectoryError):
@@ -119,15 +121,25 @@ def _same(content: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
 
 def _differing(content: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, str]:
     """What was asked otherwise: by setting or task, how."""
-    found = {key: f"{content[key]} instead of {facts[key]}" for key in ASKED if content[key] != _json(facts[key])}
+    found = {
+        key: f"{content.get(key)} instead of {facts[key]}" for key in ASKED if content.get(key) != _json(facts[key])
+    }
     for task in content["tasks"]:
         if task in facts["settings"]:
-            before, now = content["settings"].get(task, {}), _json(facts["settings"][task])
+            before, now = _flat(content["settings"].get(task, {})), _flat(_json(facts["settings"][task]))
             keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
             if keys:
-                found[task] = ", ".join(f"with {key}={before.get(key)} instead of {now.get(key)}" for key in keys)
+                found[task] = ", ".join(f"with {key}={before.get(key)!r} instead of {now.get(key)!r}" for key in keys)
             elif _hashes(content["files"].get(task, {})) != _hashes(facts["files"][task]):
                 found[task] = "with files of other contents"
+    return found
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
     return found
 
 

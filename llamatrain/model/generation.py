@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llamatrain.errors import ConfigError
+from llamatrain.errors import ConfigError, UnhealthyRun
 from llamatrain.model.decoding import write_on
 from llamatrain.model.llama import Llama
 
@@ -31,11 +31,14 @@ def generate(
     temperature 0 takes the likeliest token; above, tokens are drawn from the fewest likeliest that together
     have the probability top_p (1: from all). What is drawn for a prompt is a function of (seed, its place), whatever
     the others. Ids from vocab_size on, which the model may have and its tokenizer not, are never written. Raises
-    ConfigError for no prompt, an empty one, or more tokens than the model's max_seq_len.
+    ConfigError for no prompt, an empty one, or more tokens than the model's max_seq_len, UnhealthyRun for a model whose
+    logits are no numbers.
     """
     _check_lengths(prompts, max_new_tokens, model.config.max_seq_len)
 
     def choose(logits: Tensor, rows: list[int], written: list[int]) -> Tensor:
+        if not logits.amax(dim=-1).isfinite().all():
+            raise UnhealthyRun("no finite logits: the model's weights are not finite, or its activations overflow")
         draws = [uniform(seed, row, 0, step) for row, step in zip(rows, written, strict=True)]
         return next_tokens(logits, temperature=temperature, top_p=top_p, draws=draws)
 

@@ -218,10 +218,12 @@ def _record(line: str, where: str) -> Record:
 def _check(record: Any, where: str, fields: Mapping[str, Any]) -> Record:
     """The record, if it is one and has these fields."""
     if not isinstance(record, dict):
-        raise DataError(f"{where}: not a record; repair or remove it")
+        raise DataError(f"{where}: not a record; repair the line or remove it")
     lacking = [name for name, kind in fields.items() if not isinstance(record.get(name), kind)]
     if lacking:
-        raise DataError(f"{where}: lacks {', '.join(lacking)}, which every such record has; repair or remove it")
+        raise DataError(
+            f"{where}: lacks {', '.join(lacking)}, which every such record has; repair the line or remove it"
+        )
     return record
 
 
