@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from llamatrain.evaluation.task import Conditions, Task
     from llamatrain.scorer import Opened
 
-SHORT_NAME = 60  # characters of a file's name made of tasks; the last of a longer one are
-SHORT_HASH = 8  # of its SHA-256
+SHORT_NAME = 60  # characters of a file's name made of tasks
+SHORT_HASH = 8  # of them, where there are more, are of its SHA-256
 
 
 def run(settings: EvaluateConfig) -> None:

@@ -16,13 +16,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamatrain import report
+from llamatrain import report, words
 from llamatrain.arithmetic import KG_PER_KWH, PUE, board_watts, carbon
 from llamatrain.config.plan import PlanConfig
 from llamatrain.config.report import ReportConfig
 from llamatrain.errors import ConfigError, DataError
 from llamatrain.observe.goodput import AT_WORK, WITHOUT_A_WORD, Ledger
-from llamatrain.reporting import figures, words
+from llamatrain.reporting import figures
 from llamatrain.reporting.comparison import at_equal_tokens, carbon_of, differing_settings, summary
 from llamatrain.reporting.page import validation_table
 from llamatrain.reporting.runs import read_run, read_runs

@@ -12,7 +12,7 @@ SOURCES = {
     for path in (REPOSITORY / package).rglob("*.py")
 }
 FLOORS = """
-config arithmetic memory process distributed flat device run_directory tokenizer files garbage errors version
+config arithmetic memory process distributed flat device run_directory tokenizer files garbage errors version words
 model
 parallel data optim checkpoint observe evaluation resilience planning
 session preflight trainer initial_weights snapshots rollback integrity dry_run scorer evaluator verification reporting
@@ -21,7 +21,7 @@ cli train plan generate evaluate convert report goodput check verify
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS.strip().splitlines()) for room in rooms.split()}
 NEIGHBOURS = {("evaluation", "data"), ("evaluation", "observe")}
 WITHOUT_TORCH = """
-config arithmetic memory process run_directory tokenizer files garbage errors planning reporting
+config arithmetic memory process run_directory tokenizer files garbage errors words planning reporting
 cli train plan generate evaluate convert report goodput check verify
 data.shards data.order data.permutation data.sources checkpoint.commit evaluation.tasks observe.goodput
 resilience.control resilience.guard resilience.hang resilience.pulse resilience.watchman

@@ -147,8 +147,8 @@ def load_tasks(
     tasks = []
     refused: list[ConfigError] = []
     for name in names:
-        own = partial(load_task, name, settings=(settings or {}).get(Path(name).stem))
-        own = partial(own, files=(files or {}).get(Path(name).stem))
+        stem = Path(name).stem
+        own = partial(load_task, name, settings=(settings or {}).get(stem), files=(files or {}).get(stem))
         try:
             tasks.append(own(shots=shots))
         except ConfigError as error:

@@ -25,7 +25,7 @@ from llamatrain.evaluation.prefixes import KEPT_TOKENS, Batch, Piece, plan
 from llamatrain.evaluation.scoring import Generation, Likelihood, LikelihoodScore, NotFinite
 from llamatrain.evaluation.tokens import Ending, encode_pair, pieces_of, room_for
 from llamatrain.model.decoding import write_on
-from llamatrain.model.generation import next_tokens, uniform
+from llamatrain.model.generation import NOT_FINITE, are_finite, next_tokens, uniform
 from llamatrain.model.llama import Llama
 from llamatrain.tokenizer import Tokenizer
 
@@ -242,7 +242,7 @@ class ModelScorer:
         unfit: set[int] = set()
 
         def choose(logits: Tensor, rows: list[int], written: list[int]) -> Tensor:
-            finite = logits.amax(-1).isfinite()  # NaN wins; ids without a token are -inf
+            finite = are_finite(logits)
             unfit.update(row for row, fit in zip(rows, finite.tolist(), strict=True) if not fit)
             logits = logits.where(finite[:, None], 0.0)  # the other ranks go on in step
             draws = [
@@ -309,7 +309,7 @@ class ModelScorer:
 
 def _not_finite(what: str, text: str) -> str:
     end = text if len(text) <= SHOWN else f"…{text[-SHOWN:]}"
-    return f"no finite {what} {end!r}: the model's weights are not finite, or its activations overflow"
+    return f"no finite {what} {end!r}: {NOT_FINITE}"
 
 
 def good_batch_tokens(model: Llama, device: torch.device) -> int:

@@ -14,6 +14,8 @@ from llamatrain.errors import ConfigError, UnhealthyRun
 from llamatrain.model.decoding import write_on
 from llamatrain.model.llama import Llama
 
+NOT_FINITE = "the model's weights are not finite, or its activations overflow"
+
 
 def generate(
     model: Llama,
@@ -37,8 +39,8 @@ def generate(
     _check_lengths(prompts, max_new_tokens, model.config.max_seq_len)
 
     def choose(logits: Tensor, rows: list[int], written: list[int]) -> Tensor:
-        if not logits.amax(dim=-1).isfinite().all():
-            raise UnhealthyRun("no finite logits: the model's weights are not finite, or its activations overflow")
+        if not are_finite(logits).all():
+            raise UnhealthyRun(f"no finite logits: {NOT_FINITE}")
         draws = [uniform(seed, row, 0, step) for row, step in zip(rows, written, strict=True)]
         return next_tokens(logits, temperature=temperature, top_p=top_p, draws=draws)
 
@@ -50,6 +52,11 @@ def generate(
         ended=lambda _, tokens: tokens[-1] == eos_id,
         vocab_size=vocab_size,
     )
+
+
+def are_finite(logits: Tensor) -> Tensor:
+    """Of each row of logits [B, V], whether tokens can be chosen by it: bool [B]. Ids that are barred are -inf."""
+    return logits.amax(dim=-1).isfinite()  # NaN wins
 
 
 def uniform(*key: int) -> float:

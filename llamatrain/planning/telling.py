@@ -2,6 +2,7 @@
 
 from math import log
 
+from llamatrain import words
 from llamatrain.arithmetic import parameter_count
 from llamatrain.errors import ConfigError
 from llamatrain.planning.layouts import Choice, held
@@ -9,9 +10,6 @@ from llamatrain.planning.lifetime import LARGEST, SMALLEST, Size
 from llamatrain.planning.plan import MOST_DOUBLINGS, Life, Plan, mfu, step_values
 
 GIB, DAY = 2**30, 86_400
-DURATIONS = (("days", 1.0), ("h", 1 / 24), ("min", 60 / DAY), ("s", 1 / DAY))  # of a day
-ENERGIES = (("MWh", 1.0), ("kWh", 1e-3), ("Wh", 1e-6))
-EMISSIONS = (("tCO2eq", 1.0), ("kgCO2eq", 1e-3), ("gCO2eq", 1e-6))
 PARTS = {  # of the memory, where another name says more here
     "weights in use": "gathered layers, their buffers",
     "last gradient on its way": "buffers of a reduction",
@@ -99,36 +97,20 @@ def _effort(plan: Plan) -> str:
     effort, config = plan.effort, plan.config
     found = effort.reliability
     once = effort.save_every_steps >= config.total_steps
-    often = "once, at the end," if once else f"every {_in(DURATIONS, found.interval_s / DAY)}"
-    cost = f", cost {_figure(effort.cost)} at {plan.cluster.price:g} a GPU-hour" if effort.cost is not None else ""
+    often = "once, at the end," if once else f"every {words.duration(found.interval_s)}"
+    cost = f", cost {words.figure(effort.cost)} at {plan.cluster.price:g} a GPU-hour" if effort.cost is not None else ""
     return "\n".join(
         [
             "the run, saves and failures included",
-            f"  {_in(DURATIONS, effort.days)}, {_figure(effort.gpu_hours)} GPU-hours{cost}",
-            f"  {_in(ENERGIES, effort.mwh)}, {_in(EMISSIONS, effort.tonnes)} ({plan.cluster.gpu.watts:g} W a GPU, "
-            f"PUE {config.pue:g}, {config.kg_per_kwh:g} kg/kWh)",
-            f"  {_amount(found.failures)} failures expected, one every {found.failure_s / 3600:,.1f} h; "
+            f"  {words.duration(effort.days * DAY)}, {words.figure(effort.gpu_hours)} GPU-hours{cost}",
+            f"  {words.energy(effort.mwh)}, {words.emissions(effort.tonnes)} of CO2 equivalent "
+            f"({plan.cluster.gpu.watts:g} W a GPU, PUE {config.pue:g}, {config.kg_per_kwh:g} kg/kWh)",
+            f"  {words.figure(found.failures)} failures expected, one every {found.failure_s / 3600:,.1f} h; "
             f"a save holds up {found.save_s:.1f} s",
             f"  saving {often} loses least: "
             f"checkpoint.every_steps={effort.save_every_steps}; goodput {found.goodput:.1%}",
         ]
     )
-
-
-def _amount(number: float) -> str:
-    """Small ones to two digits, others to a tenth."""
-    return f"{number:,.1f}" if number >= 1 else f"{number:.2g}"
-
-
-def _figure(number: float) -> str:
-    """As reports have device-hours: 1,022,362 or 0.05."""
-    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
-
-
-def _in(units: tuple[tuple[str, float], ...], number: float) -> str:
-    """In the largest of the units that it has one of."""
-    name, size = next((unit for unit in units if number >= unit[1]), units[-1])
-    return f"{_amount(number / size)} {name}"
 
 
 def _layouts(plan: Plan) -> str:
@@ -182,7 +164,7 @@ def _life(life: Life) -> str:
 
 def _size(label: str, size: Size) -> str:
     return (
-        f"  {label:<22}{size.parameters:>11.3g} {size.tokens:>9.3g} {_figure(size.tokens_per_parameter):>11} "
+        f"  {label:<22}{size.parameters:>11.3g} {size.tokens:>9.3g} {words.figure(size.tokens_per_parameter):>11} "
         f"{size.training:>10.3g} {size.serving:>10.3g} {size.cost:>10.3g}"
     )
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from llamatrain import words
 from llamatrain.observe.goodput import PARTS
-from llamatrain.reporting import words
 from llamatrain.reporting.runs import Record, Run
 from llamatrain.reporting.series import Series, nothing_in, series, thinned
 from llamatrain.reporting.style import (

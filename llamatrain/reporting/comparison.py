@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from llamatrain import words
 from llamatrain.arithmetic import carbon
 from llamatrain.config.resume import flatten
-from llamatrain.reporting import words
 from llamatrain.reporting.runs import LOSS, VALIDATION_LOSS, Run
 from llamatrain.reporting.series import Series, equal_tokens, series, tail_mean, trailing_mean
 from llamatrain.run_directory import RUNNING

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from llamatrain.reporting import words
+from llamatrain import words
 from llamatrain.reporting.comparison import is_result, told
 from llamatrain.reporting.runs import LOSS, VALIDATION_LOSS, Run
 from llamatrain.reporting.series import Series, nothing_in, reach, series, smoothed, thinned, window_of

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import yaml
 
+from llamatrain import words
 from llamatrain.arithmetic import KG_PER_KWH, PUE
 from llamatrain.errors import ConfigError
 from llamatrain.files import write_bytes_atomically
-from llamatrain.reporting import clock, figures, words
+from llamatrain.reporting import clock, figures
 from llamatrain.reporting.comparison import (
     Summary,
     at_equal_tokens,
@@ -187,7 +188,7 @@ def tiles(one: Summary, run: Run) -> str:
         (words.share(one.goodput), f"goodput, {one.restarts} restart{'s' * (one.restarts != 1)}"),
         (
             _tonnes(one.carbon.tonnes),
-            f"CO₂ equivalent, of {words.hours(one.carbon.device_hours)} device hours{unknown}",
+            f"CO₂ equivalent, of {words.figure(one.carbon.device_hours)} device hours{unknown}",
         ),
     ]
     cells = "".join(
@@ -259,11 +260,11 @@ def carbon_section(runs: Sequence[Run], power_watts: float | None) -> str:
         if found.watts is None:
             unknown.append(run.device)
         if found.mwh is None or found.tonnes is None or found.watts is None:
-            more = [words.ABSENT, words.hours(found.device_hours), words.ABSENT, words.ABSENT]
+            more = [words.ABSENT, words.figure(found.device_hours), words.ABSENT, words.ABSENT]
         else:
             more = [
                 f"{found.watts:g} W",
-                words.hours(found.device_hours),
+                words.figure(found.device_hours),
                 words.energy(found.mwh),
                 words.emissions(found.tonnes),
             ]

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from llamatrain import words
 from llamatrain.errors import ConfigError
-from llamatrain.reporting import words
 from llamatrain.reporting.runs import Run
 
 # Okabe and Ito's, which those who see few colours can tell apart (tests/test_reporting.py); yellow only for areas.

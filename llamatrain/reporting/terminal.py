@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Sequence
 
-from llamatrain.reporting import words
+from llamatrain import words
 from llamatrain.reporting.comparison import (
     at_equal_tokens,
     differing_environments,
@@ -71,7 +71,7 @@ def overview(runs: Sequence[Run], *, power_watts: float | None = None) -> list[l
                 words.share(one.mfu),
                 words.share(one.goodput),
                 str(one.restarts),
-                words.hours(one.carbon.device_hours),
+                words.figure(one.carbon.device_hours),
                 words.ABSENT if one.carbon.tonnes is None else words.emissions(one.carbon.tonnes),
             ]
         )

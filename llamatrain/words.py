@@ -47,8 +47,8 @@ def _scaled(value: float, units: tuple[tuple[str, float], ...]) -> str:
     return f"{number:,.0f} {name}" if number >= 999.5 else f"{_three(number)} {name}"
 
 
-def hours(number: float | None) -> str:
-    """Device-hours: 1,022,362 or 0.05."""
+def figure(number: float | None) -> str:
+    """Hours, money, failures: 1,022,362 or 0.05."""
     if number is None:
         return ABSENT
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
