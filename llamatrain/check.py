@@ -6,10 +6,7 @@ Manifest, sizes and SHA-256 of all files, and whether the chunks cover every ten
 checkpoint aside that is not whole. Of a run all its checkpoints. Exit status 0: all whole; 3: not, and why.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-from tqdm import tqdm
 
 from llamatrain.cli import run_command
 from llamatrain.config.check import CheckConfig, check_check
@@ -51,10 +48,7 @@ def verified(checkpoint: Path) -> str:
 
     manifest = store.open_checkpoint(checkpoint, hashes=False)
     files = manifest["files"]
-    with ThreadPoolExecutor() as pool:  # hashing is done without Python's lock
-        hashed = pool.map(lambda name: commit.verify_file(checkpoint, name, files[name]), files)
-        for _ in tqdm(hashed, total=len(files), desc=checkpoint.name, unit="file", leave=False, disable=None):
-            pass
+    commit.verify_files(checkpoint, files)
     size = sum(entry["size"] for entry in files.values())
     return f"whole: {len(files)} files, {size:,} bytes"
 

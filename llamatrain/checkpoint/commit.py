@@ -16,8 +16,11 @@ import re
 import shutil
 import stat
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from llamatrain.errors import CheckpointError, ConfigError
 from llamatrain.files import fsync_path, sha256_of_file, sha256_of_json, write_bytes_atomically
@@ -220,6 +223,16 @@ def read_manifest(checkpoint: Path) -> Manifest:
 def manifest_hash(checkpoint: Path) -> str:
     """What tells a checkpoint from every other: the hash that its manifest carries, checked. Raises CheckpointError."""
     return sha256_of_json(read_manifest(checkpoint))
+
+
+def verify_files(checkpoint: Path, files: Mapping[str, FileEntry]) -> None:
+    """Compare files with their hashes, as many at once as there are cores. Raises CheckpointError naming the first."""
+    with ThreadPoolExecutor() as pool:  # hashing is done without Python's lock
+        hashed = pool.map(lambda name: verify_file(checkpoint, name, files[name]), files)
+        for _ in tqdm(
+            hashed, total=len(files), desc=f"checking {checkpoint.name}", unit="file", leave=False, disable=None
+        ):
+            pass
 
 
 def verify_file(checkpoint: Path, name: str, entry: FileEntry, *, hashes: bool = True) -> None:

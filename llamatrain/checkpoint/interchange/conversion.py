@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from llamatrain.arithmetic import parameter_count
 from llamatrain.checkpoint.interchange import huggingface, meta, own
-from llamatrain.checkpoint.interchange.source import Cast, Source, bytes_bar, log, parameter_bytes
+from llamatrain.checkpoint.interchange.source import Cast, Source, log, parameter_bytes
 from llamatrain.config.convert import HUGGING_FACE, LLAMATRAIN, META, ConvertConfig
 from llamatrain.errors import CheckpointError, ConfigError, DataError
 from llamatrain.files import fsync_path, write_json_atomically
@@ -57,7 +58,9 @@ def convert(settings: ConvertConfig) -> Path:
         output.parent.mkdir(parents=True, exist_ok=True)
         with made_whole(output) as directory:
             refuse_too_large(output, total)  # now that it holds no more what a killed conversion left
-            with bytes_bar(total, f"to {settings.to}") as bar:
+            with tqdm(
+                total=total, desc=f"to {settings.to}", unit="B", unit_scale=True, unit_divisor=1024, disable=None
+            ) as bar:
                 write(directory, weights, tokenizer, settings, told=bar.update)
             refuse_output(output, source.path.absolute(), overwrite=settings.overwrite)  # what came there meanwhile
     except OSError as error:
@@ -82,7 +85,7 @@ def open_source(path: Path, *, max_seq_len: int | None) -> Source:
 
 
 def write(
-    directory: Path, weights: Cast, tokenizer: Tokenizer, settings: ConvertConfig, *, told: Callable[[int], None]
+    directory: Path, weights: Cast, tokenizer: Tokenizer, settings: ConvertConfig, *, told: Callable[[int], Any]
 ) -> None:
     """Write the form that is asked for into an empty directory, and the record. `told` hears the bytes of weights."""
     largest = int(settings.max_shard_gib * 2**30)

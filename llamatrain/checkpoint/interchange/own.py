@@ -19,7 +19,6 @@ from llamatrain.checkpoint.interchange import safetensors_files
 from llamatrain.checkpoint.interchange.source import (
     Cast,
     Source,
-    bytes_bar,
     check_shapes,
     checked_model,
     counted,
@@ -69,10 +68,7 @@ class OwnSource(Source):
         return tensors
 
     def verify_hashes(self) -> None:
-        with bytes_bar(sum(entry["size"] for entry in self.files.values()), "checking") as bar:
-            for name, entry in self.files.items():
-                commit.verify_file(self.path, name, entry)
-                bar.update(entry["size"])
+        commit.verify_files(self.path, self.files)
 
 
 def open_source(path: Path, *, max_seq_len: int | None) -> OwnSource:

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from llamatrain.arithmetic import parameter_shapes
 from llamatrain.config.model import ModelConfig, check_model
@@ -214,11 +213,6 @@ def parameter_bytes(weights: Cast) -> dict[str, int]:
     """Bytes of each parameter as it is written, in the order of the model."""
     shapes = parameter_shapes(weights.source.model)
     return {name: prod(shape) * weights.dtype_of(name).itemsize for name, shape in shapes.items()}
-
-
-def bytes_bar(total: int, told: str) -> Any:
-    """A progress bar of bytes, shown on a terminal."""
-    return tqdm(total=total, desc=told, unit="B", unit_scale=True, unit_divisor=1024, disable=None)
 
 
 def counted(tensors: Iterable[Tensor], told: Callable[[int], None]) -> Iterator[Tensor]:
